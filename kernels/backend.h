@@ -1,0 +1,97 @@
+#pragma once
+// One device: its op table, its memory, its profile. Thread-compatible: one thread at a time issues
+// ops (the engine's), except Profile(), which any thread may read.
+#include <atomic>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels/check.h"
+#include "kernels/ops.h"
+
+namespace longspan {
+
+// Owned memory of a backend, aligned to 4 KiB, zeroed. Move-only.
+class Buffer {
+ public:
+  using Free = void (*)(void* data, size_t bytes);
+  Buffer() = default;
+  Buffer(void* data, size_t bytes, Free free) : data_(data), bytes_(bytes), free_(free) {}
+  Buffer(Buffer&& o) noexcept { *this = std::move(o); }
+  Buffer& operator=(Buffer&& o) noexcept {
+    std::swap(data_, o.data_);
+    std::swap(bytes_, o.bytes_);
+    std::swap(free_, o.free_);
+    return *this;
+  }
+  ~Buffer() {
+    if (data_ != nullptr) free_(data_, bytes_);
+  }
+  std::byte* data() const { return static_cast<std::byte*>(data_); }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  void* data_ = nullptr;
+  size_t bytes_ = 0;
+  Free free_ = nullptr;
+};
+
+// Totals of one op since the backend was opened. Written by the engine thread, read by any.
+struct OpTotals {
+  std::atomic<int64_t> calls{0}, nanoseconds{0}, bytes{0}, flops{0};
+};
+
+struct CpuOptions {
+  int threads = 0;         // 0: one per core that the process may run on
+  std::string simd = "";   // "": the best this machine has; else "avx512", "avx2" or "portable"
+};
+
+class Backend {
+ public:
+  // A CPU backend; dies (CHECK) on an unknown simd name or one that the machine cannot run.
+  static std::unique_ptr<Backend> Cpu(const CpuOptions& options);
+  // nullptr with *why set when there is no usable GPU or the build has no CUDA (cuda_absent.cc).
+  static std::unique_ptr<Backend> Cuda(int device, std::string* why);
+
+  virtual ~Backend() = default;
+  Backend(const Backend&) = delete;
+  Backend& operator=(const Backend&) = delete;
+
+  const std::string& name() const { return name_; }  // "cpu (avx2, 2 threads)"
+  const OpTable& ops() const { return ops_; }
+  bool host_memory() const { return host_memory_; }  // views may point at ordinary memory
+
+  // The only call form. Adds the op's cost and time to the profile.
+  template <class Args>
+  void Run(const Op<Args>& op, const Args& args) {
+    CHECK(op.function != nullptr) << OpName(op.id) << " is missing on " << name_;
+    const auto begin = std::chrono::steady_clock::now();
+    op.function(*context_, args);
+    Account(op.id, Cost(args), std::chrono::steady_clock::now() - begin);
+  }
+
+  virtual Buffer Allocate(size_t bytes) = 0;
+  virtual void CopyIn(void* to, const void* from, size_t bytes) = 0;   // host to device
+  virtual void CopyOut(void* to, const void* from, size_t bytes) = 0;  // device to host, complete on return
+  virtual void CopyWithin(void* to, const void* from, size_t bytes) = 0;
+
+  const OpTotals& Profile(OpId op) const { return profile_[static_cast<int>(op)]; }
+
+ protected:
+  Backend(std::string name, BackendContext* context, OpTable ops, bool host_memory)
+      : name_(std::move(name)), context_(context), ops_(ops), host_memory_(host_memory) {}
+
+ private:
+  void Account(OpId op, Work work, std::chrono::nanoseconds time);
+
+  std::string name_;
+  BackendContext* context_;
+  OpTable ops_;
+  bool host_memory_;
+  OpTotals profile_[kOpCount];
+};
+
+}  // namespace longspan

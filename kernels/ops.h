@@ -1,0 +1,166 @@
+#pragma once
+// The op table: every operation a model's forward pass is made of, as an args struct of views, a
+// one-line contract and its cost. A backend fills an OpTable with its functions; a null entry is a
+// capability that it lacks. std only: nvcc compiles this.
+//
+// Laws that hold on every backend's ops:
+//  - a row's result depends on that row's inputs only, never on how many rows the call has or in which
+//    chunk of its sequence the row arrived (CPU: bitwise);
+//  - sums are accumulated in fp32 or wider; activations are F32 unless an op says otherwise;
+//  - ops take effect in call order and never allocate memory that outlives the call.
+#include <cstdint>
+
+#include "kernels/kv_view.h"
+#include "kernels/span_record.h"
+#include "kernels/view.h"
+
+namespace longspan {
+
+// Bytes and floating-point operations that an op must move at least (inputs read once, outputs written
+// once); divided by time it gives GB/s and FLOP/s.
+struct Work {
+  int64_t bytes = 0;
+  int64_t flops = 0;
+};
+
+// out[i] = table[tokens[i]] * scale. table: [vocab, dim] any weight dtype; tokens: [rows] I32;
+// out: [rows, dim].
+struct EmbedArgs {
+  View table, tokens, out;
+  float scale = 1;
+};
+
+// out = x / sqrt(mean(x^2) + eps) * weight over the last dimension. x, out: [rows, dim] or
+// [rows, groups, dim] (may alias); weight: [dim] F32.
+struct RmsNormArgs {
+  View x, weight, out;
+  float eps = 1e-6f;
+};
+
+// out = x · weightᵀ, the parts' columns side by side: out[:, 0:n0] from parts[0] and so on (q|k|v and
+// gate|up are products of one input). x: [rows, in]; parts: [n_i, in] any weight dtype;
+// out: [rows, n0 + n1 + n2]. Quantised weights are multiplied from their blocks.
+struct MatMulArgs {
+  View x;
+  View parts[3];
+  int part_count = 1;
+  View out;
+};
+
+// Rotates pairs of the first 2 * frequencies dims of each head in place by position * frequency.
+// x: [rows, heads, head_dim]; positions: [rows] I32; frequencies: [rotary_dim / 2] F32, radians per
+// token. interleaved: pairs (2i, 2i+1), else (i, i + rotary_dim / 2). `magnitude` scales the rotated dims.
+struct RopeArgs {
+  View x, positions, frequencies;
+  bool interleaved = false;
+  float magnitude = 1;
+};
+
+// One ragged batch of sequences in a step: sequence s owns rows [row_begin[s], row_begin[s + 1]) of the
+// step, at positions start[s], start[s] + 1, …  Its earlier positions lie in the caches.
+struct RaggedBatch {
+  int sequences = 0;
+  int rows = 0;
+  const int32_t* row_begin = nullptr;  // [sequences + 1]
+  const int32_t* start = nullptr;      // [sequences]
+};
+
+// Softmax attention of each row over its sequence's cached positions (from `cache`, positions < start)
+// and the step's own earlier rows (from `key` / `value`), causal. window W > 0: the row at t sees
+// t - W < j <= t, Hugging Face's convention; 0: all j <= t. Keys are visited in blocks aligned to
+// absolute positions, so chunking never changes a result.
+// query, out: [rows, heads, head_dim] F32; key, value: [rows, kv_heads, head_dim] in the cache's dtype.
+// softcap c > 0: logits become c * tanh(logit / c). sinks: [heads] F32 or empty: one extra logit per
+// head that takes mass and adds no value.
+struct AttentionArgs {
+  View query, key, value, out;
+  KvView cache;
+  RaggedBatch batch;
+  float scale = 1;
+  int window = 0;
+  float softcap = 0;
+  View sinks;
+  SpanRequest spans;
+};
+
+// Writes the step's keys and values into the cache after attention has read it: all rows, or on a ring
+// (window > 0) only each sequence's last `window` rows. key, value: [rows, kv_heads, head_dim] in the
+// cache's dtype.
+struct StoreKvArgs {
+  View key, value;
+  KvView cache;
+  RaggedBatch batch;
+  int window = 0;
+};
+
+// out = x converted to out's dtype. x: F32, out: F32, BF16 or F16; same shape, rows may be strided.
+struct ConvertArgs {
+  View x, out;
+};
+
+enum class Activation : uint8_t { kSilu, kGeluTanh };
+
+// out = activation(gate) * up. gate_up: [rows, 2 * dim], gate first; out: [rows, dim].
+struct GatedActivationArgs {
+  View gate_up, out;
+  Activation activation = Activation::kSilu;
+};
+
+// out += x. x, out: [rows, dim].
+struct AddArgs {
+  View x, out;
+};
+
+// out[i] = x[rows[i]]. x: [n, dim]; rows: [m] I32; out: [m, dim].
+struct GatherArgs {
+  View x, rows, out;
+};
+
+// x = cap * tanh(x / cap) in place. x: [rows, dim].
+struct SoftcapArgs {
+  View x;
+  float cap = 0;
+};
+
+Work Cost(const EmbedArgs& a);
+Work Cost(const RmsNormArgs& a);
+Work Cost(const MatMulArgs& a);
+Work Cost(const RopeArgs& a);
+Work Cost(const AttentionArgs& a);
+Work Cost(const StoreKvArgs& a);
+Work Cost(const ConvertArgs& a);
+Work Cost(const GatedActivationArgs& a);
+Work Cost(const AddArgs& a);
+Work Cost(const GatherArgs& a);
+Work Cost(const SoftcapArgs& a);
+
+// The single list of ops: the table, the profile and the names are made from it.
+#define LONGSPAN_OPS(X)                                                                          \
+  X(Embed) X(RmsNorm) X(MatMul) X(Rope) X(Attention) X(StoreKv) X(Convert) X(GatedActivation) \
+      X(Add) X(Gather) X(Softcap)
+
+enum class OpId : uint8_t {
+#define LONGSPAN_OP_ID(name) k##name,
+  LONGSPAN_OPS(LONGSPAN_OP_ID)
+#undef LONGSPAN_OP_ID
+      kCount
+};
+inline constexpr int kOpCount = static_cast<int>(OpId::kCount);
+const char* OpName(OpId op);
+
+// A backend's state that ops need (thread team, stream, workspace); opaque to callers.
+struct BackendContext;
+
+template <class Args>
+struct Op {
+  OpId id = OpId::kCount;
+  void (*function)(BackendContext&, const Args&) = nullptr;
+};
+
+struct OpTable {
+#define LONGSPAN_OP_ENTRY(name) Op<name##Args> name{OpId::k##name, nullptr};
+  LONGSPAN_OPS(LONGSPAN_OP_ENTRY)
+#undef LONGSPAN_OP_ENTRY
+};
+
+}  // namespace longspan

@@ -1,0 +1,69 @@
+#pragma once
+// A model: its spec and canonical weights on one backend. Forward is const and keeps no per-request
+// state, but uses the model's one activation workspace: one thread at a time (the engine's).
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "kernels/backend.h"
+#include "models/chat_template.h"
+#include "models/checkpoint.h"
+#include "models/spec.h"
+#include "models/step.h"
+#include "models/tokenizer.h"
+
+namespace longspan {
+
+struct ModelOptions {
+  int max_rows = 2048;             // of one step; sizes the workspace
+  int max_logit_rows = 256;        // rows beyond this are computed in further passes of the output product
+  DType cache_dtype = DType::kBF16;  // BF16 or F32
+};
+
+class Model {
+ public:
+  // Binds the checkpoint's tensors to slots, checking every shape against the spec, folds norms, and
+  // allocates the workspace. Weights of a host-memory backend stay mapped; the checkpoint is kept alive.
+  static absl::StatusOr<std::unique_ptr<Model>> Load(std::shared_ptr<const Checkpoint> checkpoint,
+                                                     Backend& backend, const ModelOptions& options);
+  ~Model();
+
+  const ModelSpec& spec() const { return spec_; }
+  DType cache_dtype() const { return options_.cache_dtype; }
+  int max_rows() const { return options_.max_rows; }
+  int64_t weight_bytes() const { return weight_bytes_; }
+  int max_heads() const { return max_heads_; }
+
+  // Runs the step: reads and extends the caches, returns logits [logit_rows, vocab] F32 in the backend's
+  // memory, valid until the next Forward.
+  View Forward(const Step& step);
+
+ private:
+  struct Layer;
+  struct Workspace;
+  Model(ModelSpec spec, ModelOptions options, Backend& backend);
+
+  ModelSpec spec_;
+  ModelOptions options_;
+  Backend& backend_;
+  std::shared_ptr<const Checkpoint> checkpoint_;
+  std::vector<Layer> layers_;
+  View embedding_, final_norm_, output_;
+  std::vector<Buffer> owned_;
+  std::unique_ptr<Workspace> work_;
+  int64_t weight_bytes_ = 0;
+  int max_heads_ = 0;
+};
+
+// Everything that serving one model needs; what `serve` and the tests load.
+struct LoadedModel {
+  std::shared_ptr<const Checkpoint> checkpoint;
+  std::unique_ptr<Tokenizer> tokenizer;
+  std::unique_ptr<ChatTemplate> chat_template;  // may be nullptr
+  std::unique_ptr<Model> model;
+};
+absl::StatusOr<LoadedModel> LoadModel(const std::string& path, Backend& backend,
+                                      const ModelOptions& options);
+
+}  // namespace longspan
