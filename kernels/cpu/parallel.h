@@ -1,15 +1,34 @@
 #pragma once
-// A fixed team of threads for data-parallel loops. Thread-compatible: one thread calls Run at a time and
-// takes part as thread 0. Between loops workers spin for a bounded time, then sleep.
+// A fixed team of threads for data-parallel loops. Thread-compatible: one thread calls Run at a
+// time and takes part as thread 0. Between loops workers spin for a bounded time, then sleep.
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
-#include <functional>
 #include <mutex>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 namespace longspan {
+
+template <class Signature>
+class FunctionRef;
+
+// A look at a callable that outlives the call: std::function without the allocation.
+template <class... Args>
+class FunctionRef<void(Args...)> {
+ public:
+  template <class F, class = std::enable_if_t<!std::is_same_v<std::decay_t<F>, FunctionRef>>>
+  FunctionRef(const F& callable)  // implicit, as lambdas are passed
+      : callable_(&callable),
+        call_([](const void* c, Args... args) { (*static_cast<const F*>(c))(args...); }) {}
+
+  void operator()(Args... args) const { call_(callable_, args...); }
+
+ private:
+  const void* callable_;
+  void (*call_)(const void*, Args...);
+};
 
 class ThreadTeam {
  public:
@@ -21,22 +40,29 @@ class ThreadTeam {
   int threads() const { return static_cast<int>(workers_.size()) + 1; }
 
   // Calls body(thread) once on each thread of the team and returns when all have returned.
-  void Run(const std::function<void(int thread)>& body);
+  void Run(FunctionRef<void(int thread)> body);
   // Splits [0, count) into chunks of `grain` taken in any order: body(begin, end, thread).
   void For(int64_t count, int64_t grain,
-           const std::function<void(int64_t begin, int64_t end, int thread)>& body);
+           FunctionRef<void(int64_t begin, int64_t end, int thread)> body);
 
  private:
   void Work(int thread);
+  void AwaitLoop(uint32_t seen);  // until generation_ leaves `seen`
+  void AwaitWorkers();            // until running_ is 0
 
   std::vector<std::thread> workers_;
-  const std::function<void(int)>* body_ = nullptr;
-  std::atomic<uint64_t> generation_{0};
-  std::atomic<int> running_{0};
+  const FunctionRef<void(int)>* body_ = nullptr;  // published by generation_
+  std::atomic<uint32_t> generation_{0};
+  std::atomic<int> running_{0};  // workers that have not yet returned from the loop
   std::atomic<bool> stop_{false};
+
+  // For those who stop spinning. A sleeper counts itself, then looks again; a waker changes the
+  // state, then looks at the count: in sequentially consistent order one of them sees the other.
+  std::atomic<int> sleepers_{0};
+  std::atomic<bool> caller_sleeps_{false};
   std::mutex mutex_;
   std::condition_variable wake_;
-  int sleepers_ = 0;
+  std::condition_variable done_;
 };
 
 }  // namespace longspan

@@ -1,0 +1,78 @@
+// The CPU backend: ordinary memory, a thread team, the op table.
+#include <sched.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstring>
+#include <thread>
+#include <utility>
+
+#include "kernels/backend.h"
+#include "kernels/cpu/context.h"
+#include "kernels/cpu/ops_cpu.h"
+
+namespace longspan {
+namespace {
+
+OpTable CpuOps() {
+  OpTable table;
+#define LONGSPAN_CPU_OP(name) table.name.function = cpu::name;
+  LONGSPAN_OPS(LONGSPAN_CPU_OP)
+#undef LONGSPAN_CPU_OP
+  return table;
+}
+
+int UsableCores() {
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof(set), &set) == 0) return std::max(1, CPU_COUNT(&set));
+  return std::max(1u, std::thread::hardware_concurrency());
+}
+
+Simd ChooseSimd(const std::string& name) {
+  if (name.empty()) return BestSimd();
+  const std::optional<Simd> simd = ParseSimd(name);
+  CHECK(simd.has_value()) << "unknown simd '" << name << "': use avx512, avx2 or portable";
+  CHECK(MachineRuns(*simd)) << "this machine cannot run simd '" << name << "'; its best is "
+                            << SimdName(BestSimd());
+  return *simd;
+}
+
+std::string Describe(Simd simd, int threads) {
+  return std::string("cpu (") + SimdName(simd) + ", " + std::to_string(threads) +
+         (threads == 1 ? " thread)" : " threads)");
+}
+
+class CpuBackend : public Backend {
+ public:
+  CpuBackend(std::unique_ptr<BackendContext> context, std::string name)
+      : Backend(std::move(name), context.get(), CpuOps(), /*host_memory=*/true),
+        context_(std::move(context)) {}
+
+  Buffer Allocate(size_t bytes) override {
+    if (bytes == 0) return Buffer();
+    void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    CHECK(data != MAP_FAILED) << "cannot allocate " << bytes << " bytes: " << std::strerror(errno);
+    madvise(data, bytes, MADV_HUGEPAGE);  // advice: a kernel without huge pages may refuse it
+    return Buffer(data, bytes, [](void* p, size_t n) { munmap(p, n); });
+  }
+  void CopyIn(void* to, const void* from, size_t bytes) override { CopyWithin(to, from, bytes); }
+  void CopyOut(void* to, const void* from, size_t bytes) override { CopyWithin(to, from, bytes); }
+  void CopyWithin(void* to, const void* from, size_t bytes) override {
+    if (bytes > 0) std::memmove(to, from, bytes);
+  }
+
+ private:
+  std::unique_ptr<BackendContext> context_;
+};
+
+}  // namespace
+
+std::unique_ptr<Backend> Backend::Cpu(const CpuOptions& options) {
+  CHECK_GE(options.threads, 0);
+  const int threads = options.threads > 0 ? options.threads : UsableCores();
+  const Simd simd = ChooseSimd(options.simd);
+  return std::make_unique<CpuBackend>(std::make_unique<BackendContext>(threads, simd),
+                                      Describe(simd, threads));
+}
+
+}  // namespace longspan

@@ -1,0 +1,19 @@
+#pragma once
+// The CPU's op functions, as backend_cpu.cc puts them into the op table. Contracts: kernels/ops.h.
+#include "kernels/ops.h"
+
+namespace longspan::cpu {
+
+void Embed(BackendContext& context, const EmbedArgs& args);
+void RmsNorm(BackendContext& context, const RmsNormArgs& args);
+void MatMul(BackendContext& context, const MatMulArgs& args);
+void Rope(BackendContext& context, const RopeArgs& args);
+void Attention(BackendContext& context, const AttentionArgs& args);
+void StoreKv(BackendContext& context, const StoreKvArgs& args);
+void Convert(BackendContext& context, const ConvertArgs& args);
+void GatedActivation(BackendContext& context, const GatedActivationArgs& args);
+void Add(BackendContext& context, const AddArgs& args);
+void Gather(BackendContext& context, const GatherArgs& args);
+void Softcap(BackendContext& context, const SoftcapArgs& args);
+
+}  // namespace longspan::cpu

@@ -1,0 +1,106 @@
+#include "kernels/cpu/parallel.h"
+
+#include <algorithm>
+
+#include "kernels/check.h"
+
+namespace longspan {
+namespace {
+
+// About 50 µs: longer than the gap between two ops of a step, far shorter than a scheduler's slice.
+constexpr int kSpins = 1500;
+
+inline void Pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#else
+  std::this_thread::yield();
+#endif
+}
+
+}  // namespace
+
+ThreadTeam::ThreadTeam(int threads) {
+  CHECK_GE(threads, 1);
+  workers_.reserve(threads - 1);
+  for (int thread = 1; thread < threads; ++thread) {
+    workers_.emplace_back([this, thread] { Work(thread); });
+  }
+}
+
+ThreadTeam::~ThreadTeam() {
+  stop_ = true;
+  ++generation_;
+  { std::lock_guard lock(mutex_); }
+  wake_.notify_all();
+  for (auto& worker : workers_) worker.join();
+}
+
+void ThreadTeam::Run(FunctionRef<void(int)> body) {
+  if (!workers_.empty()) {
+    body_ = &body;
+    running_ = static_cast<int>(workers_.size());
+    ++generation_;
+    if (sleepers_ > 0) {
+      { std::lock_guard lock(mutex_); }
+      wake_.notify_all();
+    }
+  }
+  body(0);
+  if (!workers_.empty()) AwaitWorkers();
+}
+
+void ThreadTeam::For(int64_t count, int64_t grain, FunctionRef<void(int64_t, int64_t, int)> body) {
+  CHECK_GE(grain, 1);
+  std::atomic<int64_t> next{0};
+  auto take = [&](int thread) {
+    while (true) {
+      const int64_t begin = next.fetch_add(grain, std::memory_order_relaxed);
+      if (begin >= count) return;
+      body(begin, std::min(begin + grain, count), thread);
+    }
+  };
+  if (count <= grain) {
+    take(0);
+  } else {
+    Run(take);
+  }
+}
+
+void ThreadTeam::Work(int thread) {
+  uint32_t seen = 0;
+  while (true) {
+    AwaitLoop(seen);
+    ++seen;
+    if (stop_) return;
+    (*body_)(thread);
+    if (--running_ == 0 && caller_sleeps_) {
+      { std::lock_guard lock(mutex_); }
+      done_.notify_one();
+    }
+  }
+}
+
+void ThreadTeam::AwaitLoop(uint32_t seen) {
+  for (int i = 0; i < kSpins; ++i) {
+    if (generation_.load(std::memory_order_acquire) != seen) return;
+    Pause();
+  }
+  std::unique_lock lock(mutex_);
+  ++sleepers_;
+  wake_.wait(lock, [&] { return generation_ != seen; });
+  --sleepers_;
+}
+
+void ThreadTeam::AwaitWorkers() {
+  for (int i = 0; i < kSpins; ++i) {
+    if (running_.load(std::memory_order_acquire) == 0) return;
+    Pause();
+  }
+  std::unique_lock lock(mutex_);
+  caller_sleeps_ = true;
+  done_.wait(lock, [&] { return running_ == 0; });
+  caller_sleeps_ = false;
+}
+
+}  // namespace longspan

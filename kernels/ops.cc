@@ -1,0 +1,98 @@
+// Names and costs of the ops: the least that any implementation must move and compute.
+#include "kernels/ops.h"
+
+#include <algorithm>
+#include <initializer_list>
+
+namespace longspan {
+namespace {
+
+// Work of reading and writing whole views once, with `flops` operations.
+Work Touching(std::initializer_list<const View*> views, int64_t flops) {
+  Work work{0, flops};
+  for (const View* view : views) work.bytes += view->bytes();
+  return work;
+}
+
+// Sum over t in [begin, end) of the positions that a query at t sees.
+int64_t VisiblePairs(int64_t begin, int64_t end, int64_t window) {
+  const int64_t full = window > 0 ? std::clamp(window, begin, end) : end;  // t < full: sees t + 1
+  const int64_t ramp = (full * (full + 1) - begin * (begin + 1)) / 2;
+  return ramp + (end - full) * window;
+}
+
+}  // namespace
+
+Work Cost(const EmbedArgs& a) {
+  Work work = Touching({&a.tokens, &a.out}, a.out.elements());
+  work.bytes += BytesOf(a.table.dtype, a.out.elements());
+  return work;
+}
+
+// Square, add, two products.
+Work Cost(const RmsNormArgs& a) { return Touching({&a.x, &a.weight, &a.out}, 4 * a.x.elements()); }
+
+Work Cost(const MatMulArgs& a) {
+  Work work = Touching({&a.x, &a.out}, 2 * a.x.shape[1] * a.out.elements());
+  for (int i = 0; i < a.part_count; ++i) work.bytes += a.parts[i].bytes();
+  return work;
+}
+
+// Read and written; four products and two sums for each rotated pair.
+Work Cost(const RopeArgs& a) {
+  const int64_t pairs = a.x.shape[0] * a.x.shape[1] * a.frequencies.elements();
+  return Touching({&a.x, &a.x, &a.positions, &a.frequencies}, 6 * pairs);
+}
+
+Work Cost(const AttentionArgs& a) {
+  const int64_t kv_row = BytesOf(a.cache.dtype, int64_t{2} * a.cache.kv_heads * a.cache.head_dim);
+  int64_t pairs = 0;
+  int64_t kv_rows = 0;
+  for (int s = 0; s < a.batch.sequences; ++s) {
+    const int64_t rows = a.batch.row_begin[s + 1] - a.batch.row_begin[s];
+    if (rows == 0) continue;
+    const int64_t begin = a.batch.start[s];
+    const int64_t first = a.window > 0 ? std::max<int64_t>(0, begin - a.window + 1) : 0;
+    pairs += VisiblePairs(begin, begin + rows, a.window);
+    kv_rows += begin + rows - first;
+  }
+  // Two products and two sums per pair and dimension: the logit, and the weighted value.
+  Work work = Touching({&a.query, &a.out}, 4 * pairs * a.query.shape[1] * a.query.shape[2]);
+  work.bytes += kv_rows * kv_row;
+  return work;
+}
+
+Work Cost(const StoreKvArgs& a) {
+  int64_t rows = 0;
+  for (int s = 0; s < a.batch.sequences; ++s) {
+    const int64_t own = a.batch.row_begin[s + 1] - a.batch.row_begin[s];
+    rows += a.window > 0 ? std::min<int64_t>(own, a.window) : own;
+  }
+  const int64_t kv_row = BytesOf(a.cache.dtype, int64_t{2} * a.cache.kv_heads * a.cache.head_dim);
+  return {2 * rows * kv_row, 0};
+}
+
+Work Cost(const ConvertArgs& a) { return Touching({&a.x, &a.out}, a.x.elements()); }
+
+// Exponential, division, two products and a sum, each counted as one.
+Work Cost(const GatedActivationArgs& a) {
+  return Touching({&a.gate_up, &a.out}, 5 * a.out.elements());
+}
+
+Work Cost(const AddArgs& a) { return Touching({&a.x, &a.out, &a.out}, a.out.elements()); }
+
+Work Cost(const GatherArgs& a) { return Touching({&a.rows, &a.out, &a.out}, 0); }
+
+// Division, tanh, product.
+Work Cost(const SoftcapArgs& a) { return Touching({&a.x, &a.x}, 3 * a.x.elements()); }
+
+const char* OpName(OpId op) {
+  static constexpr const char* kNames[] = {
+#define LONGSPAN_OP_STRING(name) #name,
+      LONGSPAN_OPS(LONGSPAN_OP_STRING)
+#undef LONGSPAN_OP_STRING
+  };
+  return op < OpId::kCount ? kNames[static_cast<int>(op)] : "?";
+}
+
+}  // namespace longspan
