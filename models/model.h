@@ -16,15 +16,17 @@
 namespace longspan {
 
 struct ModelOptions {
-  int max_rows = 2048;             // of one step; sizes the workspace
-  int max_logit_rows = 256;        // rows beyond this are computed in further passes of the output product
+  int max_rows = 2048;  // of one step; sizes the workspace
+  int max_logit_rows =
+      256;  // rows beyond this are computed in further passes of the output product
   DType cache_dtype = DType::kBF16;  // BF16 or F32
 };
 
 class Model {
  public:
-  // Binds the checkpoint's tensors to slots, checking every shape against the spec, folds norms, and
-  // allocates the workspace. Weights of a host-memory backend stay mapped; the checkpoint is kept alive.
+  // Binds the checkpoint's tensors to slots, checking every shape against the spec, folds norms,
+  // and allocates the workspace. Weights of a host-memory backend stay mapped; the checkpoint is
+  // kept alive.
   static absl::StatusOr<std::unique_ptr<Model>> Load(std::shared_ptr<const Checkpoint> checkpoint,
                                                      Backend& backend, const ModelOptions& options);
   ~Model();
@@ -35,14 +37,19 @@ class Model {
   int64_t weight_bytes() const { return weight_bytes_; }
   int max_heads() const { return max_heads_; }
 
-  // Runs the step: reads and extends the caches, returns logits [logit_rows, vocab] F32 in the backend's
-  // memory, valid until the next Forward.
+  // Runs the step: reads and extends the caches, returns logits [logit_rows, vocab] F32 in the
+  // backend's memory, valid until the next Forward.
   View Forward(const Step& step);
 
  private:
   struct Layer;
   struct Workspace;
   Model(ModelSpec spec, ModelOptions options, Backend& backend);
+  absl::Status BindWeights();
+  void AllocateWorkspace();
+  void RunLayer(const Step& step, int index, const View& residual);
+  void RunMixer(const Step& step, int index, const View& residual);
+  void RunMlp(int index, const View& residual);
 
   ModelSpec spec_;
   ModelOptions options_;

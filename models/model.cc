@@ -1,0 +1,327 @@
+#include "models/model.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "kernels/convert.h"
+#include "models/family.h"
+
+namespace longspan {
+namespace {
+
+// Radians per token of each rotated pair. Formula: Su et al., arXiv 2104.09864; linear scaling
+// divides the position, hence every frequency, by `factor`.
+std::vector<float> RopeFrequencies(const RopeSpec& rope) {
+  std::vector<float> frequencies(rope.rotary_dim / 2);
+  for (size_t i = 0; i < frequencies.size(); ++i) {
+    const double exponent = 2.0 * static_cast<double>(i) / rope.rotary_dim;
+    frequencies[i] = static_cast<float>(std::pow(rope.theta, -exponent) / rope.factor);
+  }
+  return frequencies;
+}
+
+}  // namespace
+
+struct Model::Layer {
+  View mixer_norm, q, k, v, q_norm, k_norm, o, mixer_post_norm;
+  View mlp_norm, gate, up, down, mlp_post_norm, sinks;
+  View frequencies;  // empty: no positions
+
+  View* At(Slot::Id id) {
+    switch (id) {
+      case Slot::Id::kMixerNorm:
+        return &mixer_norm;
+      case Slot::Id::kQ:
+        return &q;
+      case Slot::Id::kK:
+        return &k;
+      case Slot::Id::kV:
+        return &v;
+      case Slot::Id::kQNorm:
+        return &q_norm;
+      case Slot::Id::kKNorm:
+        return &k_norm;
+      case Slot::Id::kO:
+        return &o;
+      case Slot::Id::kMixerPostNorm:
+        return &mixer_post_norm;
+      case Slot::Id::kMlpNorm:
+        return &mlp_norm;
+      case Slot::Id::kGate:
+        return &gate;
+      case Slot::Id::kUp:
+        return &up;
+      case Slot::Id::kDown:
+        return &down;
+      case Slot::Id::kMlpPostNorm:
+        return &mlp_post_norm;
+      case Slot::Id::kSinks:
+        return &sinks;
+      case Slot::Id::kEmbedding:
+      case Slot::Id::kFinalNorm:
+      case Slot::Id::kOutput:
+        return nullptr;
+    }
+    return nullptr;
+  }
+};
+
+// Activations of one step, each [max_rows, …]; a step uses the first rows.
+struct Model::Workspace {
+  View residual;    // [rows, dim]
+  View normed;      // [rows, dim]
+  View branch;      // [rows, dim]: what the mixer or the MLP adds
+  View qkv;         // [rows, q + k + v columns of the widest layer]
+  View key, value;  // [rows, kv columns] in the cache's dtype
+  View attention;   // [rows, q columns]
+  View gate_up;     // [rows, 2 * intermediate]
+  View activated;   // [rows, intermediate]
+  View last;        // [max_logit_rows, dim]
+  View logits;      // [max_logit_rows, vocab]
+};
+
+Model::Model(ModelSpec spec, ModelOptions options, Backend& backend)
+    : spec_(std::move(spec)), options_(options), backend_(backend) {}
+Model::~Model() = default;
+
+absl::StatusOr<std::unique_ptr<Model>> Model::Load(std::shared_ptr<const Checkpoint> checkpoint,
+                                                   Backend& backend, const ModelOptions& options) {
+  auto spec = ReadSpec(*checkpoint);
+  if (!spec.ok()) return spec.status();
+  if (absl::Status valid = spec->Validate(); !valid.ok()) return valid;
+  const std::vector<std::string> missing = MissingFor(*spec, backend.ops());
+  if (!missing.empty()) {
+    return absl::UnimplementedError(absl::StrCat(checkpoint->path(), ": ", spec->family, " needs ",
+                                                 absl::StrJoin(missing, ", "), ", which ",
+                                                 backend.name(), " does not have"));
+  }
+  std::unique_ptr<Model> model(new Model(*std::move(spec), options, backend));
+  model->checkpoint_ = std::move(checkpoint);
+  if (absl::Status bound = model->BindWeights(); !bound.ok()) return bound;
+  model->AllocateWorkspace();
+  return model;
+}
+
+absl::Status Model::BindWeights() {
+  layers_.resize(spec_.layers.size());
+  for (const Slot& slot : SlotsOf(spec_, checkpoint_->format())) {
+    const TensorInfo* tensor = checkpoint_->Find(slot.tensor);
+    if (tensor == nullptr) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(checkpoint_->path(), ": tensor ", slot.tensor, " is missing"));
+    }
+    if (tensor->shape != slot.shape) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(tensor->file, ": tensor ", slot.tensor, " has shape [",
+                       absl::StrJoin(tensor->shape, ", "), "], the config asks for [",
+                       absl::StrJoin(slot.shape, ", "), "]"));
+    }
+    View view;
+    if (slot.shape.size() == 1) {  // norms and sinks: F32, folded once
+      view = View::Vector(nullptr, DType::kF32, slot.shape[0]);
+      Buffer& buffer = owned_.emplace_back(backend_.Allocate(view.bytes()));
+      std::vector<float> values(slot.shape[0]);
+      if (!ToFloat(tensor->dtype, tensor->data.data(), values.size(), values.data())) {
+        return absl::InvalidArgumentError(absl::StrCat(tensor->file, ": tensor ", slot.tensor,
+                                                       " is ", Info(tensor->dtype).name,
+                                                       ", a vector must be F32, F16 or BF16"));
+      }
+      if (slot.plus_one) {
+        for (float& w : values) w += 1;
+      }
+      backend_.CopyIn(buffer.data(), values.data(), view.bytes());
+      view.data = buffer.data();
+    } else {
+      void* data = const_cast<std::byte*>(tensor->data.data());
+      if (!backend_.host_memory()) {
+        Buffer& buffer = owned_.emplace_back(backend_.Allocate(tensor->data.size()));
+        backend_.CopyIn(buffer.data(), data, tensor->data.size());
+        data = buffer.data();
+      }
+      view = View::Matrix(data, tensor->dtype, slot.shape[0], slot.shape[1]);
+    }
+    weight_bytes_ += view.bytes();
+    switch (slot.id) {
+      case Slot::Id::kEmbedding:
+        embedding_ = view;
+        break;
+      case Slot::Id::kFinalNorm:
+        final_norm_ = view;
+        break;
+      case Slot::Id::kOutput:
+        output_ = view;
+        break;
+      default:
+        *layers_[slot.layer].At(slot.id) = view;
+    }
+  }
+  if (spec_.tied_embeddings) output_ = embedding_;
+
+  for (size_t l = 0; l < layers_.size(); ++l) {
+    const auto& attention = std::get<AttentionSpec>(spec_.layers[l].mixer);
+    max_heads_ = std::max(max_heads_, attention.heads);
+    if (!attention.rope.has_value()) continue;
+    const std::vector<float> frequencies = RopeFrequencies(*attention.rope);
+    View& view = layers_[l].frequencies;
+    view = View::Vector(nullptr, DType::kF32, static_cast<int64_t>(frequencies.size()));
+    Buffer& buffer = owned_.emplace_back(backend_.Allocate(view.bytes()));
+    backend_.CopyIn(buffer.data(), frequencies.data(), view.bytes());
+    view.data = buffer.data();
+  }
+  return absl::OkStatus();
+}
+
+void Model::AllocateWorkspace() {
+  int64_t qkv = 0, q = 0, kv = 0, intermediate = 0;
+  for (const LayerSpec& layer : spec_.layers) {
+    const auto& a = std::get<AttentionSpec>(layer.mixer);
+    q = std::max<int64_t>(q, a.heads * a.head_dim);
+    kv = std::max<int64_t>(kv, a.kv_heads * a.head_dim);
+    qkv = std::max<int64_t>(qkv, (a.heads + 2 * a.kv_heads) * a.head_dim);
+    if (layer.mlp.has_value())
+      intermediate = std::max<int64_t>(intermediate, layer.mlp->intermediate);
+  }
+  work_ = std::make_unique<Workspace>();
+  auto matrix = [&](int64_t rows, int64_t columns, DType dtype) {
+    View view = View::Matrix(nullptr, dtype, rows, columns);
+    view.data = owned_.emplace_back(backend_.Allocate(std::max<int64_t>(view.bytes(), 1))).data();
+    return view;
+  };
+  const int64_t rows = options_.max_rows;
+  const int64_t logit_rows = options_.max_logit_rows;
+  work_->residual = matrix(rows, spec_.dim, DType::kF32);
+  work_->normed = matrix(rows, spec_.dim, DType::kF32);
+  work_->branch = matrix(rows, spec_.dim, DType::kF32);
+  work_->qkv = matrix(rows, qkv, DType::kF32);
+  work_->key = matrix(rows, kv, options_.cache_dtype);
+  work_->value = matrix(rows, kv, options_.cache_dtype);
+  work_->attention = matrix(rows, q, DType::kF32);
+  work_->gate_up = matrix(rows, 2 * intermediate, DType::kF32);
+  work_->activated = matrix(rows, intermediate, DType::kF32);
+  work_->last = matrix(logit_rows, spec_.dim, DType::kF32);
+  work_->logits = matrix(logit_rows, spec_.vocab, DType::kF32);
+}
+
+namespace {
+
+// The first `rows` rows and `columns` columns of a workspace matrix, packed.
+View Packed(const View& area, int64_t rows, int64_t columns) {
+  return View::Matrix(area.data, area.dtype, rows, columns);
+}
+
+}  // namespace
+
+View Model::Forward(const Step& step) {
+  const int64_t rows = step.batch.rows;
+  CHECK_GT(rows, 0);
+  CHECK_LE(rows, options_.max_rows);
+  const OpTable& ops = backend_.ops();
+  const View residual = work_->residual.Rows(rows);
+
+  backend_.Run(ops.Embed, {embedding_, step.tokens, residual, spec_.embedding_scale});
+  for (size_t l = 0; l < layers_.size(); ++l) RunLayer(step, static_cast<int>(l), residual);
+
+  const int64_t wanted = step.logit_rows.elements();
+  CHECK_LE(wanted, options_.max_logit_rows);
+  const View logits = work_->logits.Rows(wanted);
+  if (wanted == 0) return logits;
+  const View last = work_->last.Rows(wanted);
+  backend_.Run(ops.Gather, {residual, step.logit_rows, last});
+  backend_.Run(ops.RmsNorm, {last, final_norm_, last, spec_.norm_eps});
+  backend_.Run(ops.MatMul, {.x = last, .parts = {output_}, .part_count = 1, .out = logits});
+  if (spec_.logit_softcap > 0) backend_.Run(ops.Softcap, {logits, spec_.logit_softcap});
+  return logits;
+}
+
+void Model::RunLayer(const Step& step, int index, const View& residual) {
+  RunMixer(step, index, residual);
+  if (spec_.layers[index].mlp.has_value()) RunMlp(index, residual);
+}
+
+void Model::RunMixer(const Step& step, int index, const View& residual) {
+  const OpTable& ops = backend_.ops();
+  const LayerSpec& spec = spec_.layers[index];
+  const Layer& layer = layers_[index];
+  const auto& a = std::get<AttentionSpec>(spec.mixer);
+  const int64_t rows = residual.shape[0];
+  const int64_t q_columns = static_cast<int64_t>(a.heads) * a.head_dim;
+  const int64_t kv_columns = static_cast<int64_t>(a.kv_heads) * a.head_dim;
+
+  const View normed = work_->normed.Rows(rows);
+  const View qkv = Packed(work_->qkv, rows, q_columns + 2 * kv_columns);
+  backend_.Run(ops.RmsNorm, {residual, layer.mixer_norm, normed, spec_.norm_eps});
+  backend_.Run(ops.MatMul,
+               {.x = normed, .parts = {layer.q, layer.k, layer.v}, .part_count = 3, .out = qkv});
+  const View query = qkv.Columns(0, q_columns).Heads(a.heads);
+  const View key = qkv.Columns(q_columns, kv_columns).Heads(a.kv_heads);
+  const View value = qkv.Columns(q_columns + kv_columns, kv_columns).Heads(a.kv_heads);
+  if (a.qk_norm) {
+    backend_.Run(ops.RmsNorm, {query, layer.q_norm, query, spec_.norm_eps});
+    backend_.Run(ops.RmsNorm, {key, layer.k_norm, key, spec_.norm_eps});
+  }
+  if (a.rope.has_value()) {
+    const bool interleaved = a.rope->interleaved;
+    backend_.Run(ops.Rope, {query, step.positions, layer.frequencies, interleaved});
+    backend_.Run(ops.Rope, {key, step.positions, layer.frequencies, interleaved});
+  }
+  // In the cache's dtype before attention sees them, so that a key counts the same in flight and
+  // cached.
+  const View stored_key = Packed(work_->key, rows, kv_columns).Heads(a.kv_heads);
+  const View stored_value = Packed(work_->value, rows, kv_columns).Heads(a.kv_heads);
+  backend_.Run(ops.Convert, {key, stored_key});
+  backend_.Run(ops.Convert, {value, stored_value});
+
+  const View attended = Packed(work_->attention, rows, q_columns);
+  SpanRequest spans = step.spans;
+  if (spans.count > 0) {
+    spans.records = step.span_records + static_cast<int64_t>(index) * spans.count * max_heads_;
+  }
+  backend_.Run(ops.Attention, {.query = query,
+                               .key = stored_key,
+                               .value = stored_value,
+                               .out = attended.Heads(a.heads),
+                               .cache = step.caches[index],
+                               .batch = step.batch,
+                               .scale = a.scale,
+                               .window = a.window.value_or(0),
+                               .softcap = a.softcap,
+                               .sinks = layer.sinks,
+                               .spans = spans});
+  backend_.Run(ops.StoreKv,
+               {stored_key, stored_value, step.caches[index], step.batch, a.window.value_or(0)});
+
+  const View branch = work_->branch.Rows(rows);
+  backend_.Run(ops.MatMul, {.x = attended, .parts = {layer.o}, .part_count = 1, .out = branch});
+  if (spec.post_norms) {
+    backend_.Run(ops.RmsNorm, {branch, layer.mixer_post_norm, branch, spec_.norm_eps});
+  }
+  backend_.Run(ops.Add, {branch, residual});
+}
+
+void Model::RunMlp(int index, const View& residual) {
+  const OpTable& ops = backend_.ops();
+  const LayerSpec& spec = spec_.layers[index];
+  const Layer& layer = layers_[index];
+  const int64_t rows = residual.shape[0];
+  const View normed = work_->normed.Rows(rows);
+  const View gate_up = Packed(work_->gate_up, rows, 2 * spec.mlp->intermediate);
+  const View activated = Packed(work_->activated, rows, spec.mlp->intermediate);
+  const View branch = work_->branch.Rows(rows);
+
+  backend_.Run(ops.RmsNorm, {residual, layer.mlp_norm, normed, spec_.norm_eps});
+  backend_.Run(ops.MatMul,
+               {.x = normed, .parts = {layer.gate, layer.up}, .part_count = 2, .out = gate_up});
+  backend_.Run(ops.GatedActivation, {gate_up, activated, spec.mlp->activation});
+  backend_.Run(ops.MatMul, {.x = activated, .parts = {layer.down}, .part_count = 1, .out = branch});
+  if (spec.post_norms) {
+    backend_.Run(ops.RmsNorm, {branch, layer.mlp_post_norm, branch, spec_.norm_eps});
+  }
+  backend_.Run(ops.Add, {branch, residual});
+}
+
+}  // namespace longspan
