@@ -6,6 +6,7 @@
 
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
+#include "absl/types/span.h"
 #include "engine/request.h"
 #include "models/spec.h"
 
@@ -15,26 +16,33 @@ enum class SpanLevel : uint8_t { kOff, kLayer, kHead };
 
 struct SpanSnapshot {
   absl::Time observed_at;
-  uint64_t sequence = 0;             // grows with each observed step
+  uint64_t sequence = 0;  // grows with each observed step
   uint64_t observed_queries = 0;
-  uint64_t observed_requests = 0;    // that had at least one observed query
+  uint64_t observed_requests = 0;  // that had at least one observed query
   uint64_t sampled_steps = 0, dropped_steps = 0;
   SpanSums sums;
 };
+
+// Adds one observed query row to `sums`. records: [layers * max_heads], layer-major; `position` is
+// t, `tokens` the sequence so far, `next` the token that was sampled from the row. A copy hit is
+// tokens[top_key] == next with t - top_key >= W; sink mass counts where t >= kSinkTokens + W (the
+// online form of Wu et al., arXiv 2404.15574). Dies if a window layer put mass beyond its own
+// window.
+void AddRow(const ModelSpec& spec, absl::Span<const SpanRecord> records, int64_t position,
+            absl::Span<const int32_t> tokens, int32_t next, SpanSums& sums);
+SpanSums EmptySums(const ModelSpec& spec);
 
 class AttentionSpans {
  public:
   explicit AttentionSpans(const ModelSpec& spec);
 
-  // One observed query row: records[layer * max_heads + head] of that row; `next` is the token that was
-  // sampled from it and `tokens` the sequence so far (for copy hits: tokens[top_key] == next and
-  // t - top_key >= W); `position` is t. Also adds into *request when given.
-  void Add(const std::vector<SpanRecord>& records, int64_t position, int32_t next,
-           absl::Span<const int32_t> tokens, SpanSums* request);
-  void CountStep(bool observed);
+  // As AddRow(), into the totals.
+  void Add(absl::Span<const SpanRecord> records, int64_t position, absl::Span<const int32_t> tokens,
+           int32_t next);
+  void CountStep(bool observed);  // a decode step was due to be observed; observed or dropped
   void CountRequest();
-  SpanSnapshot Snapshot() const;     // any thread
-  void Reset();                      // any thread
+  SpanSnapshot Snapshot() const;  // any thread
+  void Reset();                   // any thread
 
  private:
   const ModelSpec& spec_;

@@ -19,11 +19,11 @@ namespace longspan {
 
 struct EngineOptions {
   SchedulerLimits limits;
-  int64_t cache_bytes = 0;             // 0: 512 MiB, or what one context of the model needs if more
-  int page_tokens = 16;                // tail waste against table size; GPUs like 16 to 64
-  int max_context = 0;                 // 0: the model's
+  int64_t cache_bytes = 0;  // 0: 512 MiB, or what one context of the model needs if more
+  int page_tokens = 16;     // tail waste against table size; GPUs like 16 to 64
+  int max_context = 0;      // 0: the model's
   SpanLevel spans = SpanLevel::kHead;
-  int span_every = 16;                 // observe one decode step in N
+  int span_every = 16;  // observe one decode step in N
 };
 
 // Monotone counters and gauges for metrics; a consistent copy.
@@ -35,8 +35,7 @@ struct EngineStats {
   uint64_t step_rows = 0;
   uint64_t finished_stop = 0, finished_length = 0, cancelled = 0, deadline_exceeded = 0, failed = 0,
            refused_never_fits = 0, refused_queue_full = 0;
-  // Histograms as vLLM buckets them are made by the server from events; these are for step timing.
-  double step_seconds = 0;
+  double step_seconds = 0;  // spent in steps, all together
   bool draining = false;
 };
 
@@ -51,17 +50,19 @@ class Engine {
   static absl::StatusOr<std::unique_ptr<Engine>> Create(
       LoadedModel* model, Backend& backend, const EngineOptions& options,
       absl::AnyInvocable<void(const StepReport&)> on_step = nullptr);
-  ~Engine();                                    // cancels all, joins
+  ~Engine();  // cancels all, joins
 
   // Checks the request against the model and limits (InvalidArgument with field, value, limit;
-  // ResourceExhausted "can never fit" or "queue is full" with the numbers; AlreadyExists; Unavailable
-  // while draining) and queues it. If OK, `sink` gets events until kFinished; else it is never called.
+  // ResourceExhausted "can never fit" or "queue is full" with the numbers; AlreadyExists;
+  // Unavailable while draining) and queues it. If OK, `sink` gets events until kFinished; else it
+  // is never called.
   absl::Status Submit(Request request, EventSink sink);
-  // Ends the request with CANCELLED within one step and frees what it holds. False: no such id in flight.
+  // Ends the request with CANCELLED within one step and frees what it holds. False: no such id in
+  // flight.
   bool Cancel(const std::string& id);
   void CancelAll(absl::Status why);
 
-  void Drain();                                 // refuse new requests, finish the accepted ones
+  void Drain();  // refuse new requests, finish the accepted ones
   void Resume();
   bool Idle() const;
   bool WaitIdle(absl::Duration timeout) const;
@@ -69,7 +70,7 @@ class Engine {
   EngineStats Stats() const;
   AttentionSpans& spans() const;
   const LoadedModel& model() const;
-  const EngineOptions& options() const;         // with defaults filled in
+  const EngineOptions& options() const;  // with defaults filled in
   CacheShape cache_shape() const;
   // Runs KvCache::CheckIntegrity on the engine thread between steps.
   absl::Status CheckIntegrity();

@@ -54,6 +54,7 @@ class KvCache {
                                                          int max_context);
 
   const CacheShape& shape() const { return shape_; }
+  int64_t superblock_bytes() const { return arena_.superblock_bytes(); }
   // True when a sequence of `tokens` could ever fit, alone in the arena (superblock rounding included).
   bool CouldEverFit(int64_t tokens) const;
 

@@ -226,12 +226,17 @@ View Model::Forward(const Step& step) {
   backend_.Run(ops.Embed, {embedding_, step.tokens, residual, spec_.embedding_scale});
   for (size_t l = 0; l < layers_.size(); ++l) RunLayer(step, static_cast<int>(l), residual);
 
-  const int64_t wanted = step.logit_rows.elements();
+  return Logits(step.logit_rows);
+}
+
+View Model::Logits(const View& rows) {
+  const OpTable& ops = backend_.ops();
+  const int64_t wanted = rows.elements();
   CHECK_LE(wanted, options_.max_logit_rows);
   const View logits = work_->logits.Rows(wanted);
   if (wanted == 0) return logits;
   const View last = work_->last.Rows(wanted);
-  backend_.Run(ops.Gather, {residual, step.logit_rows, last});
+  backend_.Run(ops.Gather, {work_->residual, rows, last});
   backend_.Run(ops.RmsNorm, {last, final_norm_, last, spec_.norm_eps});
   backend_.Run(ops.MatMul, {.x = last, .parts = {output_}, .part_count = 1, .out = logits});
   if (spec_.logit_softcap > 0) backend_.Run(ops.Softcap, {logits, spec_.logit_softcap});

@@ -1,0 +1,158 @@
+#include "engine/row_math.h"
+
+#include <algorithm>
+#include <cstring>
+#include <functional>
+
+namespace longspan {
+namespace {
+
+// GNU vectors: gcc and clang both lower them to the target's own.
+using Floats = float __attribute__((vector_size(16)));
+using Ints = int32_t __attribute__((vector_size(16)));
+constexpr int kLanes = 4;
+
+Floats Splat(float x) { return Floats{x, x, x, x}; }
+Floats Load(const float* x) {
+  Floats v;
+  std::memcpy(&v, x, sizeof(v));
+  return v;
+}
+void Store(float* x, Floats v) { std::memcpy(x, &v, sizeof(v)); }
+Floats Select(Ints mask, Floats yes, Floats no) {
+  return (Floats)((mask & (Ints)yes) | (~mask & (Ints)no));
+}
+Floats Max(Floats a, Floats b) { return Select(a > b, a, b); }
+
+// exp(x) for x <= 0; 0 below -87. Range reduction by ln 2 in two parts, then exp's series to x^6.
+Floats Exp(Floats x) {
+  const Ints tiny = x < Splat(-87.0f);
+  x = Max(x, Splat(-87.0f));
+  const Floats magic = Splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Floats n = (x * Splat(1.44269504f) + magic) - magic;
+  const Floats r = (x - n * Splat(0.693359375f)) - n * Splat(-2.12194440e-4f);
+  Floats p = Splat(1.0f / 720);
+  for (float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = p * r + Splat(c);
+  const Ints exponent = (__builtin_convertvector(n, Ints) + 127) << 23;
+  return Select(tiny, Splat(0), p * (Floats)exponent);
+}
+
+float Sum(Floats v) { return (v[0] + v[1]) + (v[2] + v[3]); }
+
+}  // namespace
+
+void LoadBlock(absl::Span<const float> row, int64_t block, float* out) {
+  const int64_t begin = block * kRowBlock;
+  const int64_t count = std::min<int64_t>(kRowBlock, row.size() - begin);
+  const float* x = row.data() + begin;
+  if (count < kRowBlock) {
+    std::fill(out, out + kRowBlock, kNoLogit);
+    std::copy(x, x + count, out);
+    x = out;
+  }
+  const Floats largest = Splat(std::numeric_limits<float>::max());
+  for (int i = 0; i < kRowBlock; i += kLanes) {
+    const Floats v = Load(x + i);
+    Store(out + i, Select(v <= largest, v, Splat(kNoLogit)));  // false for NaN too
+  }
+}
+
+float BlockMax(const float* x) {
+  Floats highest = Load(x);
+  for (int i = kLanes; i < kRowBlock; i += kLanes) highest = Max(highest, Load(x + i));
+  return std::max(std::max(highest[0], highest[1]), std::max(highest[2], highest[3]));
+}
+
+float BlockWeights(const float* x, float highest, float scale, float floor, float* weights) {
+  Floats sum = Splat(0);
+  for (int i = 0; i < kRowBlock; i += kLanes) {
+    const Floats v = Load(x + i);
+    const Floats w =
+        Select(v >= Splat(floor), Exp((v - Splat(highest)) * Splat(scale)), Splat(0));
+    Store(weights + i, w);
+    sum += w;
+  }
+  return Sum(sum);
+}
+
+std::pair<float, int32_t> RowMax(absl::Span<const float> row) {
+  float x[kRowBlock];
+  float highest = kNoLogit;
+  int64_t best = -1;
+  for (int64_t b = 0; b < RowBlocks(row); ++b) {
+    LoadBlock(row, b, x);
+    const float m = BlockMax(x);
+    if (m > highest) {
+      highest = m;
+      best = b;
+    }
+  }
+  if (best < 0) return {kNoLogit, -1};
+  LoadBlock(row, best, x);
+  const auto index = std::find(x, x + kRowBlock, highest) - x;
+  return {highest, static_cast<int32_t>(best * kRowBlock + index)};
+}
+
+double RowSum(absl::Span<const float> row, float highest, float scale) {
+  float x[kRowBlock], w[kRowBlock];
+  double sum = 0;
+  for (int64_t b = 0; b < RowBlocks(row); ++b) {
+    LoadBlock(row, b, x);
+    sum += BlockWeights(x, highest, scale, kNoLogit, w);
+  }
+  return sum;
+}
+
+int32_t RowRank(absl::Span<const float> row, int32_t index) {
+  float x[kRowBlock];
+  LoadBlock(row, index / kRowBlock, x);
+  const float value = x[index % kRowBlock];
+  int32_t before = 0;
+  for (int64_t b = 0; b < RowBlocks(row); ++b) {
+    LoadBlock(row, b, x);
+    const int64_t begin = b * kRowBlock;
+    const int count = static_cast<int>(std::min<int64_t>(kRowBlock, row.size() - begin));
+    // Ties count up to `index`; blocks before its own count whole, later ones not at all.
+    const int64_t ties = std::clamp<int64_t>(index - begin, 0, count);
+    for (int i = 0; i < count; ++i) before += (x[i] > value) | ((x[i] == value) & (i < ties));
+  }
+  return before;
+}
+
+void RowTop(absl::Span<const float> row, int64_t count,
+            std::vector<std::pair<float, int32_t>>* out) {
+  out->clear();
+  if (count <= 0) return;
+  const int64_t blocks = RowBlocks(row);
+  std::vector<float> maxima(blocks);
+  float x[kRowBlock];
+  for (int64_t b = 0; b < blocks; ++b) {
+    LoadBlock(row, b, x);
+    maxima[b] = BlockMax(x);
+  }
+  // `count` blocks have a value of at least the count-th largest maximum, so the answer is not smaller.
+  float floor = kNoLogit;
+  if (count <= blocks) {
+    std::vector<float> order = maxima;
+    std::nth_element(order.begin(), order.begin() + (count - 1), order.end(),
+                     std::greater<float>());
+    floor = order[count - 1];
+  }
+  for (int64_t b = 0; b < blocks; ++b) {
+    if (maxima[b] < floor || maxima[b] == kNoLogit) continue;
+    LoadBlock(row, b, x);
+    for (int i = 0; i < kRowBlock; ++i) {
+      if (x[i] >= floor && x[i] != kNoLogit) {
+        out->emplace_back(x[i], static_cast<int32_t>(b * kRowBlock + i));
+      }
+    }
+  }
+  if (static_cast<int64_t>(out->size()) <= count) return;
+  std::nth_element(out->begin(), out->begin() + (count - 1), out->end(), MoreLikely);
+  const float last = (*out)[count - 1].first;
+  out->erase(std::remove_if(out->begin() + count, out->end(),
+                            [last](const auto& candidate) { return candidate.first < last; }),
+             out->end());
+}
+
+}  // namespace longspan

@@ -1,0 +1,55 @@
+#pragma once
+// One choice of a request while it is in the engine: its tokens, its text, when it ends. Engine
+// thread.
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "engine/kv_cache.h"
+#include "engine/request.h"
+#include "engine/sampler.h"
+#include "engine/scheduler.h"
+#include "engine/stop_matcher.h"
+#include "models/tokenizer.h"
+
+namespace longspan {
+
+class Sequence {
+ public:
+  // `request` outlives the sequence. eos: the model's end-of-sequence ids.
+  Sequence(const Request& request, int index, uint64_t seed, const Tokenizer& tokenizer, int vocab,
+           const std::vector<int>& eos);
+
+  int index() const { return index_; }
+  const std::vector<int32_t>& tokens() const { return tokens_; }  // prompt ++ output
+  int output_tokens() const { return static_cast<int>(tokens_.size() - request_.prompt.size()); }
+  bool finished() const { return finish_ != FinishReason::kNone; }
+
+  // Draws the next token from `logits` [vocab] and returns the delta event that it makes. Sets
+  // finished().
+  Event Next(Sampler& sampler, absl::Span<const float> logits);
+  // The last delta of a sequence that ends for an outside reason.
+  Event Cancelled();
+
+  Ticket ticket = 0;
+  SequenceId cache = -1;  // -1: none (queued or preempted)
+  bool counted_in_spans = false;
+
+ private:
+  std::optional<FinishReason> StopsAt(int32_t token, Event& event);
+  void AppendText(int32_t token, Event& event);
+
+  const Request& request_;
+  int index_;
+  uint64_t seed_;
+  std::vector<int32_t> eos_;
+  std::vector<int32_t> tokens_;
+  std::unique_ptr<TokenHistory> history_;  // only when a penalty is set
+  std::vector<int32_t> banned_early_;      // ids that end the text, banned before min_tokens
+  TokenStream stream_;
+  StopMatcher matcher_;
+  FinishReason finish_ = FinishReason::kNone;
+};
+
+}  // namespace longspan

@@ -1,0 +1,54 @@
+#pragma once
+// Batch → Step: gathers what the forward pass reads into backend memory that was allocated once.
+#include <memory>
+#include <vector>
+
+#include "engine/kv_cache.h"
+#include "engine/request.h"
+#include "models/model.h"
+#include "models/step.h"
+
+namespace longspan {
+
+// One sequence's share of a step.
+struct StageItem {
+  SequenceId cache = -1;
+  absl::Span<const int32_t> tokens;  // the new tokens, positions begin, begin + 1, …
+  int64_t begin = 0;
+  bool wants_logits = false;  // of the last row
+  bool observe = false;       // spans of the last row
+  absl::Span<const ProbeRange> probes;
+};
+
+struct StagedStep {
+  Step step;
+  std::vector<int> first_row;  // per item
+  std::vector<int> logit_row;  // per item: index into the returned logits, -1: none
+  std::vector<int> observed;   // per item: index of its records, -1: none
+};
+
+class Stager {
+ public:
+  Stager(Backend& backend, const Model& model, int max_sequences);
+
+  StagedStep Stage(const std::vector<StageItem>& items, KvCache& cache);
+  // For Model::Logits: step rows [begin, begin + count).
+  View RowRange(int begin, int count);
+  // Records of observed row `index` of the last step, [layers * max_heads]; call after Forward.
+  const std::vector<SpanRecord>& Records(const StagedStep& staged, int index);
+
+  static constexpr int kMaxProbes = 64;  // per sequence
+
+ private:
+  template <class T>
+  View Upload(Buffer& buffer, const std::vector<T>& values);
+
+  Backend& backend_;
+  const Model& model_;
+  Buffer tokens_, positions_, row_begin_, start_, logit_rows_, more_rows_, span_rows_, probes_,
+      probe_offsets_, records_;
+  std::vector<SpanRecord> fetched_, row_;
+  bool fetched_valid_ = false;
+};
+
+}  // namespace longspan

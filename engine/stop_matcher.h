@@ -1,0 +1,34 @@
+#pragma once
+// Finds stop strings in text that arrives in pieces, and holds back what may yet become one.
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/string_view.h"
+
+namespace longspan {
+
+class StopMatcher {
+ public:
+  StopMatcher(std::vector<std::string> stops, bool include_stop)
+      : stops_(std::move(stops)), include_stop_(include_stop) {}
+
+  struct Found {
+    std::string text;                 // safe to show now
+    std::optional<std::string> stop;  // the stop string that ended it; the earliest in the text
+  };
+  // Not to be called again once `stop` was set.
+  Found Append(absl::string_view text);
+  // What was held back, when no more text comes.
+  std::string Flush() { return std::exchange(held_, {}); }
+
+ private:
+  size_t HeldSuffix() const;  // length of held_'s longest suffix that begins a stop string
+
+  std::vector<std::string> stops_;
+  bool include_stop_;
+  std::string held_;
+};
+
+}  // namespace longspan

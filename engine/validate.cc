@@ -1,0 +1,150 @@
+#include "engine/validate.h"
+
+#include <cmath>
+
+#include "absl/strings/str_cat.h"
+
+namespace longspan {
+namespace {
+
+template <class... Parts>
+absl::Status Bad(absl::string_view field, const Parts&... parts) {
+  return absl::InvalidArgumentError(absl::StrCat(field, ": ", parts...));
+}
+
+// lowest <= value <= highest; NaN fails.
+absl::Status InRange(absl::string_view field, double value, double lowest, double highest) {
+  if (value >= lowest && value <= highest) return absl::OkStatus();
+  return Bad(field, "is ", value, ", must be from ", lowest, " to ", highest);
+}
+
+absl::Status AtMost(absl::string_view field, size_t count, size_t limit, absl::string_view what) {
+  if (count <= limit) return absl::OkStatus();
+  return Bad(field, "has ", count, " ", what, ", the limit is ", limit);
+}
+
+absl::Status IsToken(absl::string_view field, int64_t id, int vocab) {
+  if (id >= 0 && id < vocab) return absl::OkStatus();
+  return Bad(field, "token id ", id, " is not in the vocabulary of ", vocab);
+}
+
+bool IsUtf8(absl::string_view text) {
+  for (size_t i = 0; i < text.size();) {
+    const auto lead = static_cast<unsigned char>(text[i]);
+    const int more = lead < 0x80   ? 0
+                     : lead < 0xc2 ? -1
+                     : lead < 0xe0 ? 1
+                     : lead < 0xf0 ? 2
+                     : lead < 0xf5 ? 3
+                                   : -1;
+    if (more < 0 || i + more >= text.size()) return false;
+    uint32_t code = more == 0 ? lead : lead & (0x3f >> more);
+    for (int k = 1; k <= more; ++k) {
+      const auto next = static_cast<unsigned char>(text[i + k]);
+      if ((next & 0xc0) != 0x80) return false;
+      code = (code << 6) | (next & 0x3f);
+    }
+    const bool overlong = (more == 2 && code < 0x800) || (more == 3 && code < 0x10000);
+    if (overlong || code > 0x10ffff || (code >= 0xd800 && code < 0xe000)) return false;
+    i += more + 1;
+  }
+  return true;
+}
+
+absl::Status ValidateSampling(const SamplingParams& p, int vocab) {
+  if (auto s = InRange("sampling.temperature", p.temperature, 0, 100); !s.ok()) return s;
+  if (auto s = InRange("sampling.top_k", p.top_k, 0, 1 << 30); !s.ok()) return s;
+  if (!(p.top_p > 0))
+    return Bad("sampling.top_p", "is ", p.top_p, ", must be above 0 and at most 1");
+  if (auto s = InRange("sampling.top_p", p.top_p, 0, 1); !s.ok()) return s;
+  if (auto s = InRange("sampling.min_p", p.min_p, 0, 1); !s.ok()) return s;
+  if (auto s = InRange("sampling.presence_penalty", p.presence_penalty, -2, 2); !s.ok()) return s;
+  if (auto s = InRange("sampling.frequency_penalty", p.frequency_penalty, -2, 2); !s.ok()) return s;
+  if (!(p.repetition_penalty > 0)) {
+    return Bad("sampling.repetition_penalty", "is ", p.repetition_penalty,
+               ", must be above 0 and at most 2");
+  }
+  if (auto s = InRange("sampling.repetition_penalty", p.repetition_penalty, 0, 2); !s.ok())
+    return s;
+  if (auto s =
+          AtMost("sampling.logit_bias", p.logit_bias.size(), RequestLimits::kMaxBiases, "entries");
+      !s.ok()) {
+    return s;
+  }
+  for (const auto& [token, bias] : p.logit_bias) {
+    if (auto s = IsToken("sampling.logit_bias", token, vocab); !s.ok()) return s;
+    if (auto s = InRange("sampling.logit_bias", bias, -100, 100); !s.ok()) return s;
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ValidateStopping(const StoppingParams& p, int vocab) {
+  if (p.max_tokens < 1)
+    return Bad("stopping.max_tokens", "is ", p.max_tokens, ", must be at least 1");
+  if (auto s = InRange("stopping.min_tokens", p.min_tokens, 0, p.max_tokens); !s.ok()) return s;
+  if (auto s = AtMost("stopping.stop", p.stop.size(), RequestLimits::kMaxStops, "strings");
+      !s.ok()) {
+    return s;
+  }
+  for (const std::string& stop : p.stop) {
+    if (stop.empty()) return Bad("stopping.stop", "has an empty string");
+    if (auto s = AtMost("stopping.stop", stop.size(), RequestLimits::kMaxStopBytes,
+                        "bytes in one string");
+        !s.ok()) {
+      return s;
+    }
+    if (!IsUtf8(stop)) return Bad("stopping.stop", "has a string that is not valid UTF-8");
+  }
+  if (auto s = AtMost("stopping.stop_token_ids", p.stop_token_ids.size(),
+                      RequestLimits::kMaxStopIds, "ids");
+      !s.ok()) {
+    return s;
+  }
+  for (int32_t id : p.stop_token_ids) {
+    if (auto s = IsToken("stopping.stop_token_ids", id, vocab); !s.ok()) return s;
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ValidatePrompt(const Request& request, const RequestLimits& limits) {
+  if (request.prompt.empty()) return Bad("prompt", "has no tokens");
+  for (int32_t token : request.prompt) {
+    if (auto s = IsToken("prompt", token, limits.vocab); !s.ok()) return s;
+  }
+  const int64_t wanted = static_cast<int64_t>(request.prompt.size()) + request.stopping.max_tokens;
+  if (wanted > limits.max_context) {
+    return Bad("prompt", "has ", request.prompt.size(), " tokens and max_tokens is ",
+               request.stopping.max_tokens, ", ", wanted, " together; the context holds ",
+               limits.max_context);
+  }
+  if (auto s = AtMost("probes", request.probes.size(), RequestLimits::kMaxProbes, "ranges");
+      !s.ok()) {
+    return s;
+  }
+  for (const ProbeRange& range : request.probes) {
+    if (range.begin < 0 || range.begin > range.end ||
+        range.end > static_cast<int64_t>(request.prompt.size())) {
+      return Bad("probes", "range [", range.begin, ", ", range.end,
+                 ") is not inside the prompt of ", request.prompt.size(), " tokens");
+    }
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::Status Validate(const Request& request, const RequestLimits& limits) {
+  if (request.id.empty()) return Bad("request_id", "is empty");
+  if (auto s = InRange("sampling.n", request.n, 1, RequestLimits::kMaxChoices); !s.ok()) return s;
+  if (auto s = ValidateSampling(request.sampling, limits.vocab); !s.ok()) return s;
+  if (auto s = ValidateStopping(request.stopping, limits.vocab); !s.ok()) return s;
+  for (const auto& [field, value] :
+       {std::pair{"output.logprobs", request.output.logprobs},
+        std::pair{"output.prompt_logprobs", request.output.prompt_logprobs}}) {
+    if (auto s = InRange(field, value.value_or(0), 0, RequestLimits::kMaxLogprobs); !s.ok())
+      return s;
+  }
+  return ValidatePrompt(request, limits);
+}
+
+}  // namespace longspan
