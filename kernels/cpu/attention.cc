@@ -1,0 +1,390 @@
+// Attention over cached pages and the step's own rows, blocked over keys with an online softmax.
+//
+// Work is cut into items: the query heads of one KV head of up to kTileQueries / group consecutive
+// tokens of one sequence. Keys are visited in blocks of kBlockKeys aligned to absolute positions,
+// gathered into segments of kSegmentKeys whose partial results are merged in ascending order. Both
+// borders are fixed by position alone, so a row's bits depend neither on chunking nor on neighbours
+// nor on threads. When there are fewer items than threads could use, the segments of an item are
+// computed in parallel.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <new>
+#include <utility>
+#include <vector>
+
+#include "kernels/check.h"
+#include "kernels/cpu/attention_tile.h"
+#include "kernels/cpu/context.h"
+#include "kernels/cpu/ops_cpu.h"
+#include "kernels/cpu/span_state.h"
+
+namespace longspan::cpu {
+namespace {
+
+constexpr int kSegmentKeys = 1024;  // of one partial result: long enough that merging does not show
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
+// The query heads of one KV head for tokens [first_row, first_row + tokens) of a sequence.
+struct Item {
+  int sequence = 0;
+  int kv_head = 0;
+  int first_row = 0;
+  int tokens = 0;
+  int64_t first_position = 0;
+};
+
+// Running softmax of an item's queries; query = token * group + head within the group.
+struct Partial {
+  float* max;        // [queries]
+  float* sum;        // [queries]
+  float* out;        // [queries, padded]
+  SpanState* spans;  // [observed tokens * group]
+
+  static size_t Bytes(int queries, int padded, int observed) {
+    return sizeof(float) * (static_cast<size_t>(queries) * (padded + 2)) +
+           sizeof(SpanState) * observed + 64;
+  }
+  static Partial At(std::byte* memory, int queries, int observed) {
+    Partial p;
+    p.spans = reinterpret_cast<SpanState*>(memory);
+    p.max = reinterpret_cast<float*>(memory + sizeof(SpanState) * observed);
+    p.sum = p.max + queries;
+    p.out = p.sum + queries;
+    return p;
+  }
+  void Reset(int queries, int padded, int observed) {
+    std::fill(max, max + queries, kMinusInfinity);
+    std::fill(sum, sum + queries, 0.0f);
+    std::fill(out, out + static_cast<size_t>(queries) * padded, 0.0f);
+    for (int i = 0; i < observed; ++i) new (&spans[i]) SpanState();
+  }
+};
+
+class Job {
+ public:
+  Job(const AttentionArgs& args, const AttentionTile& tile)
+      : a_(args),
+        tile_(tile),
+        heads_(static_cast<int>(args.query.shape[1])),
+        dim_(static_cast<int>(args.query.shape[2])),
+        padded_((dim_ + 7) / 8 * 8),
+        group_(heads_ / args.cache.kv_heads) {
+    CHECK_EQ(heads_ % a_.cache.kv_heads, 0);
+    CHECK_LE(group_, kTileQueries);
+  }
+
+  void Run(BackendContext& context);
+
+ private:
+  std::vector<Item> Items() const;
+  int64_t FirstKey(int64_t position) const {
+    return a_.window > 0 ? std::max<int64_t>(0, position - a_.window + 1) : 0;
+  }
+  int FirstSegment(const Item& item) const {
+    return static_cast<int>(FirstKey(item.first_position) / kSegmentKeys);
+  }
+  int LastSegment(const Item& item) const {
+    return static_cast<int>((item.first_position + item.tokens - 1) / kSegmentKeys);
+  }
+  // Range of this item's tokens in the list of observed rows.
+  std::pair<int, int> Observed(const Item& item) const;
+
+  size_t WorkBytes() const {
+    return sizeof(float) * (kTileQueries * padded_ + 2 * kBlockKeys * padded_ +
+                            kTileQueries * (kBlockKeys + 1)) +
+           64;
+  }
+  size_t PartialBytes(const Item& item) const {
+    const auto [begin, end] = Observed(item);
+    return (Partial::Bytes(item.tokens * group_, padded_, (end - begin) * group_) + 63) / 64 * 64;
+  }
+  Partial PartialAt(const Item& item, std::byte* memory) const {
+    const auto [begin, end] = Observed(item);
+    return Partial::At(memory, item.tokens * group_, (end - begin) * group_);
+  }
+  void Reset(const Item& item, Partial& partial) const {
+    const auto [begin, end] = Observed(item);
+    partial.Reset(item.tokens * group_, padded_, (end - begin) * group_);
+  }
+
+  void LoadQueries(const Item& item, float* queries) const;
+  void LoadBlock(const Item& item, int64_t block, int64_t first, int64_t last, float* keys,
+                 float* values) const;
+  void Segment(const Item& item, int segment, std::byte* work, Partial& partial) const;
+  void Mask(const Item& item, int64_t block, float* scores) const;
+  void AddSpans(const Item& item, int64_t block, const float* scores, Partial& partial) const;
+  void Merge(const Item& item, const Partial& from, Partial& to) const;
+  void Finish(const Item& item, const Partial& partial) const;
+
+  const AttentionArgs& a_;
+  const AttentionTile& tile_;
+  int heads_, dim_, padded_, group_;
+};
+
+std::vector<Item> Job::Items() const {
+  std::vector<Item> items;
+  const int tokens = std::max(1, kTileQueries / group_);
+  for (int s = 0; s < a_.batch.sequences; ++s) {
+    const int begin = a_.batch.row_begin[s], end = a_.batch.row_begin[s + 1];
+    for (int row = begin; row < end; row += tokens) {
+      for (int h = 0; h < a_.cache.kv_heads; ++h) {
+        items.push_back({s, h, row, std::min(tokens, end - row),
+                         static_cast<int64_t>(a_.batch.start[s]) + row - begin});
+      }
+    }
+  }
+  return items;
+}
+
+std::pair<int, int> Job::Observed(const Item& item) const {
+  const int32_t* rows = a_.spans.rows;
+  const int32_t* begin = std::lower_bound(rows, rows + a_.spans.count, item.first_row);
+  const int32_t* end = std::lower_bound(begin, rows + a_.spans.count, item.first_row + item.tokens);
+  return {static_cast<int>(begin - rows), static_cast<int>(end - rows)};
+}
+
+void Job::LoadQueries(const Item& item, float* queries) const {
+  for (int t = 0; t < item.tokens; ++t) {
+    for (int g = 0; g < group_; ++g, queries += padded_) {
+      const int head = item.kv_head * group_ + g;
+      const float* from = a_.query.as<float>() + (item.first_row + t) * a_.query.stride[0] +
+                          head * a_.query.stride[1];
+      for (int d = 0; d < dim_; ++d) queries[d] = from[d] * a_.scale;
+      std::fill(queries + dim_, queries + padded_, 0.0f);
+    }
+  }
+}
+
+// Keys and values of positions [first, last) of the block; the rest is zero.
+void Job::LoadBlock(const Item& item, int64_t block, int64_t first, int64_t last, float* keys,
+                    float* values) const {
+  const KvView& cache = a_.cache;
+  const int64_t start = a_.batch.start[item.sequence];
+  const int64_t row_bytes = BytesOf(cache.dtype, dim_);
+  for (int k = 0; k < kBlockKeys; ++k, keys += padded_, values += padded_) {
+    const int64_t position = block * kBlockKeys + k;
+    if (position < first || position >= last) {
+      std::fill(keys, keys + padded_, 0.0f);
+      std::fill(values, values + padded_, 0.0f);
+      continue;
+    }
+    const std::byte *key, *value;
+    if (position < start) {
+      const std::byte* page = cache.Page(item.sequence, position);
+      const int64_t at =
+          (static_cast<int64_t>(item.kv_head) * cache.page_tokens + position % cache.page_tokens) *
+          row_bytes;
+      key = page + cache.key_offset + at;
+      value = page + cache.value_offset + at;
+    } else {
+      const int64_t row = a_.batch.row_begin[item.sequence] + position - start;
+      key = a_.key.row(row) + BytesOf(a_.key.dtype, item.kv_head * a_.key.stride[1]);
+      value = a_.value.row(row) + BytesOf(a_.value.dtype, item.kv_head * a_.value.stride[1]);
+    }
+    tile_.load(cache.dtype, key, dim_, padded_, keys);
+    tile_.load(cache.dtype, value, dim_, padded_, values);
+  }
+}
+
+void Job::Mask(const Item& item, int64_t block, float* scores) const {
+  const int64_t base = block * kBlockKeys;
+  for (int t = 0; t < item.tokens; ++t) {
+    const int64_t position = item.first_position + t;
+    const int first =
+        static_cast<int>(std::clamp<int64_t>(FirstKey(position) - base, 0, kBlockKeys));
+    const int last = static_cast<int>(std::clamp<int64_t>(position + 1 - base, 0, kBlockKeys));
+    for (int g = 0; g < group_; ++g, scores += kBlockKeys) {
+      if (a_.softcap > 0) {
+        for (int k = first; k < last; ++k)
+          scores[k] = a_.softcap * std::tanh(scores[k] / a_.softcap);
+      }
+      std::fill(scores, scores + first, kMinusInfinity);
+      std::fill(scores + std::max(first, last), scores + kBlockKeys, kMinusInfinity);
+    }
+  }
+}
+
+void Job::AddSpans(const Item& item, int64_t block, const float* scores, Partial& partial) const {
+  const auto [begin, end] = Observed(item);
+  for (int o = begin; o < end; ++o) {
+    const int token = a_.spans.rows[o] - item.first_row;
+    SpanState::Edges edges;
+    edges.position = item.first_position + token;
+    edges.far_window = a_.spans.far_window;
+    edges.own_window = a_.window;
+    if (a_.spans.probe_offsets != nullptr) {
+      edges.probes = a_.spans.probes + a_.spans.probe_offsets[o];
+      edges.probe_count = a_.spans.probe_offsets[o + 1] - a_.spans.probe_offsets[o];
+    }
+    for (int g = 0; g < group_; ++g) {
+      partial.spans[(o - begin) * group_ + g].Add(
+          edges, block * kBlockKeys, scores + (token * group_ + g) * kBlockKeys, kBlockKeys);
+    }
+  }
+}
+
+void Job::Segment(const Item& item, int segment, std::byte* work, Partial& partial) const {
+  const int queries = item.tokens * group_;
+  auto* query = reinterpret_cast<float*>(work);
+  float* keys = query + static_cast<size_t>(kTileQueries) * padded_;
+  float* values = keys + static_cast<size_t>(kBlockKeys) * padded_;
+  float* scores = values + static_cast<size_t>(kBlockKeys) * padded_;
+  float* rescale = scores + static_cast<size_t>(kTileQueries) * kBlockKeys;
+  LoadQueries(item, query);
+
+  const int64_t first = std::max<int64_t>(FirstKey(item.first_position),
+                                          static_cast<int64_t>(segment) * kSegmentKeys);
+  const int64_t last = std::min<int64_t>(item.first_position + item.tokens,
+                                         static_cast<int64_t>(segment + 1) * kSegmentKeys);
+  for (int64_t block = first / kBlockKeys; block * kBlockKeys < last; ++block) {
+    const int64_t base = block * kBlockKeys;
+    LoadBlock(item, block, first, last, keys, values);
+    tile_.scores(query, queries, keys, padded_, scores);
+    Mask(item, block, scores);
+    if (a_.spans.count > 0) AddSpans(item, block, scores, partial);
+
+    for (int q = 0; q < queries; ++q) {
+      const int64_t position = item.first_position + q / group_;
+      float* row = scores + static_cast<size_t>(q) * kBlockKeys;
+      if (position < base || FirstKey(position) >= base + kBlockKeys) {
+        // Nothing visible here for this row: leaves its state as it is.
+        std::fill(row, row + kBlockKeys, 0.0f);
+        rescale[q] = 1;
+        continue;
+      }
+      float max, sum;
+      tile_.softmax(row, partial.max[q], &max, &sum);
+      rescale[q] = partial.max[q] == kMinusInfinity ? 0.0f : std::exp(partial.max[q] - max);
+      partial.sum[q] = partial.sum[q] * rescale[q] + sum;
+      partial.max[q] = max;
+    }
+    const int begin = static_cast<int>(std::max<int64_t>(first - base, 0));
+    const int end = static_cast<int>(std::min<int64_t>(last - base, kBlockKeys));
+    tile_.accumulate(scores, queries, values, begin, end, padded_, rescale, partial.out);
+  }
+}
+
+void Job::Merge(const Item& item, const Partial& from, Partial& to) const {
+  for (int q = 0; q < item.tokens * group_; ++q) {
+    if (from.max[q] == kMinusInfinity) continue;
+    const float max = std::max(from.max[q], to.max[q]);
+    const float old_scale = to.max[q] == kMinusInfinity ? 0.0f : std::exp(to.max[q] - max);
+    const float new_scale = std::exp(from.max[q] - max);
+    float* out = to.out + static_cast<size_t>(q) * padded_;
+    const float* add = from.out + static_cast<size_t>(q) * padded_;
+    for (int d = 0; d < padded_; ++d) out[d] = out[d] * old_scale + add[d] * new_scale;
+    to.sum[q] = to.sum[q] * old_scale + from.sum[q] * new_scale;
+    to.max[q] = max;
+  }
+  const auto [begin, end] = Observed(item);
+  for (int i = 0; i < (end - begin) * group_; ++i) to.spans[i].Merge(from.spans[i]);
+}
+
+void Job::Finish(const Item& item, const Partial& partial) const {
+  const float* sinks = a_.sinks.empty() ? nullptr : a_.sinks.as<float>();
+  for (int q = 0; q < item.tokens * group_; ++q) {
+    const int head = item.kv_head * group_ + q % group_;
+    float scale = 1;
+    float sum = partial.sum[q];
+    if (sinks != nullptr) {
+      const float max = std::max(partial.max[q], sinks[head]);
+      scale = std::exp(partial.max[q] - max);
+      sum = sum * scale + std::exp(sinks[head] - max);
+    }
+    const float inverse = scale / sum;
+    float* out = a_.out.as<float>() + (item.first_row + q / group_) * a_.out.stride[0] +
+                 head * a_.out.stride[1];
+    const float* from = partial.out + static_cast<size_t>(q) * padded_;
+    for (int d = 0; d < dim_; ++d) out[d] = from[d] * inverse;
+  }
+  const auto [begin, end] = Observed(item);
+  for (int o = begin; o < end; ++o) {
+    const int64_t position = item.first_position + a_.spans.rows[o] - item.first_row;
+    for (int g = 0; g < group_; ++g) {
+      const int head = item.kv_head * group_ + g;
+      const double sink = sinks != nullptr ? sinks[head] : -std::numeric_limits<double>::infinity();
+      a_.spans.records[static_cast<int64_t>(o) * heads_ + head] =
+          partial.spans[(o - begin) * group_ + g].Record(position, sink);
+    }
+  }
+}
+
+void Job::Run(BackendContext& context) {
+  const std::vector<Item> items = Items();
+  const int threads = context.team.threads();
+  int most_segments = 0;
+  for (const Item& item : items) {
+    most_segments = std::max(most_segments, LastSegment(item) - FirstSegment(item) + 1);
+  }
+  const bool split =
+      threads > 1 && most_segments > 1 && static_cast<int>(items.size()) < 4 * threads;
+
+  if (!split) {
+    context.team.For(static_cast<int64_t>(items.size()), 1,
+                     [&](int64_t begin, int64_t end, int thread) {
+                       for (int64_t i = begin; i < end; ++i) {
+                         const Item& item = items[i];
+                         const size_t bytes = PartialBytes(item);
+                         std::byte* memory = context.Scratch(thread, 2 * bytes + WorkBytes());
+                         Partial total = PartialAt(item, memory);
+                         Partial part = PartialAt(item, memory + bytes);
+                         Reset(item, total);
+                         for (int s = FirstSegment(item); s <= LastSegment(item); ++s) {
+                           Reset(item, part);
+                           Segment(item, s, memory + 2 * bytes, part);
+                           Merge(item, part, total);
+                         }
+                         Finish(item, total);
+                       }
+                     });
+    return;
+  }
+
+  struct Piece {
+    int item;
+    int segment;
+    size_t offset;
+  };
+  std::vector<Piece> pieces;
+  size_t bytes = 0;
+  for (size_t i = 0; i < items.size(); ++i) {
+    for (int s = FirstSegment(items[i]); s <= LastSegment(items[i]); ++s) {
+      pieces.push_back({static_cast<int>(i), s, bytes});
+      bytes += PartialBytes(items[i]);
+    }
+  }
+  std::byte* shared = context.SharedScratch(bytes);
+  context.team.For(static_cast<int64_t>(pieces.size()), 1,
+                   [&](int64_t begin, int64_t end, int thread) {
+                     for (int64_t i = begin; i < end; ++i) {
+                       const Item& item = items[pieces[i].item];
+                       Partial part = PartialAt(item, shared + pieces[i].offset);
+                       Reset(item, part);
+                       Segment(item, pieces[i].segment, context.Scratch(thread, WorkBytes()), part);
+                     }
+                   });
+  for (size_t i = 0; i < pieces.size();) {
+    const Item& item = items[pieces[i].item];
+    Partial total = PartialAt(item, context.Scratch(0, PartialBytes(item)));
+    Reset(item, total);
+    const int current = pieces[i].item;
+    for (; i < pieces.size() && pieces[i].item == current; ++i) {
+      Merge(item, PartialAt(item, shared + pieces[i].offset), total);
+    }
+    Finish(item, total);
+  }
+}
+
+}  // namespace
+
+void Attention(BackendContext& context, const AttentionArgs& args) {
+  Job(args, AttentionTileFor(context.simd)).Run(context);
+}
+
+const AttentionTile& AttentionTileFor(Simd simd) {
+  return simd == Simd::kPortable ? kAttentionTilePortable : kAttentionTileAvx2;
+}
+
+}  // namespace longspan::cpu

@@ -1,0 +1,33 @@
+#pragma once
+// The inner loops of CPU attention, one table per instruction set. A tile is up to kTileQueries
+// queries against one block of kBlockKeys keys; all rows are padded to a multiple of eight floats.
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/cpu/simd.h"
+#include "kernels/dtype.h"
+
+namespace longspan::cpu {
+
+inline constexpr int kBlockKeys = 64;    // keys of a block, aligned to absolute positions
+inline constexpr int kTileQueries = 64;  // (token, head) pairs of a tile: amortises loading a block
+
+struct AttentionTile {
+  // One row of `dim` elements (F32 or BF16) as F32, zero-padded to `padded`.
+  void (*load)(DType dtype, const std::byte* from, int dim, int padded, float* to);
+  // scores[q][k] = queries[q] · keys[k] for all 64 keys. Each sum is taken over eight lanes, then
+  // ((0+1)+(2+3))+((4+5)+(6+7)), whatever the tile.
+  void (*scores)(const float* queries, int count, const float* keys, int padded, float* scores);
+  // One row of scores (-inf where masked, at least one finite): p = e^(s - max), returns
+  // max(previous max, scores) and the sum of p.
+  void (*softmax)(float* scores, float previous_max, float* max, float* sum);
+  // out[q] = out[q] * rescale[q] + sum over keys [begin, end) of p[q][k] * values[k].
+  void (*accumulate)(const float* p, int count, const float* values, int begin, int end, int padded,
+                     const float* rescale, float* out);
+};
+
+const AttentionTile& AttentionTileFor(Simd simd);
+extern const AttentionTile kAttentionTilePortable;
+extern const AttentionTile kAttentionTileAvx2;
+
+}  // namespace longspan::cpu

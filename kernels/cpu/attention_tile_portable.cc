@@ -1,0 +1,8 @@
+#define LONGSPAN_TARGET
+#include "kernels/cpu/attention_tile.inl"
+
+namespace longspan::cpu {
+
+const AttentionTile kAttentionTilePortable = {Load, Scores, Softmax, Accumulate};
+
+}  // namespace longspan::cpu

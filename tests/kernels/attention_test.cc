@@ -1,0 +1,209 @@
+// Attention on the CPU against the eager answer, and the laws that chunking, batching and threads
+// obey.
+#include <gtest/gtest.h>
+
+#include "tests/support/attention_case.h"
+
+namespace longspan {
+namespace {
+
+using testing::AttentionCase;
+using testing::AttentionShape;
+
+// fp32 sums of up to 1,500 products of unit normals against doubles.
+constexpr double kTolerance = 2e-5;
+
+void ExpectEqualsEager(const AttentionCase& c, int every = 1) {
+  const AttentionShape& shape = c.shape();
+  for (size_t s = 0; s < c.lengths().size(); ++s) {
+    for (int t = 0; t < c.lengths()[s]; t += every) {
+      for (int h = 0; h < shape.heads; ++h) {
+        const auto answer = c.Eager(static_cast<int>(s), t, h);
+        for (int d = 0; d < shape.dim; ++d) {
+          ASSERT_NEAR(c.out()[s][(static_cast<size_t>(t) * shape.heads + h) * shape.dim + d],
+                      answer.out[d], kTolerance)
+              << "sequence " << s << " position " << t << " head " << h << " channel " << d;
+        }
+      }
+    }
+  }
+}
+
+class AttentionOnEachSimd : public ::testing::TestWithParam<const char*> {
+ protected:
+  AttentionOnEachSimd() : backend_(Backend::Cpu({.threads = 2, .simd = GetParam()})) {}
+  std::unique_ptr<Backend> backend_;
+};
+INSTANTIATE_TEST_SUITE_P(Simd, AttentionOnEachSimd, ::testing::Values("portable", ""));
+
+TEST_P(AttentionOnEachSimd, FullEqualsEager) {
+  for (int dim : {4, 12, 64, 80, 256}) {
+    AttentionCase c({.heads = 4, .kv_heads = 2, .dim = dim}, {130, 1, 65});
+    c.RunAll(*backend_, 48);
+    ExpectEqualsEager(c);
+  }
+}
+
+TEST_P(AttentionOnEachSimd, WindowEqualsMaskedFullAttentionAtItsEdges) {
+  // Lengths W - 1, W, W + 1, W + page and far beyond.
+  for (int window : {1, 2, 16, 17, 64, 100}) {
+    AttentionCase c({.window = window},
+                    {std::max(1, window - 1), window, window + 1, window + 16, 3 * window + 7});
+    for (int chunk : {1, 7, 64}) {
+      c.RunAll(*backend_, chunk);
+      ExpectEqualsEager(c);
+    }
+  }
+}
+
+TEST_P(AttentionOnEachSimd, SoftcapAndSinksEqualEager) {
+  for (int window : {0, 24}) {
+    AttentionCase c({.window = window, .softcap = 2.0f, .sinks = true}, {90, 33});
+    c.RunAll(*backend_, 20);
+    ExpectEqualsEager(c);
+  }
+}
+
+TEST_P(AttentionOnEachSimd, EveryGroupSizeEqualsEager) {
+  for (int kv_heads : {1, 2, 3, 6}) {
+    AttentionCase c({.heads = 6, .kv_heads = kv_heads, .dtype = DType::kF32}, {77});
+    c.RunAll(*backend_, 13);
+    ExpectEqualsEager(c);
+  }
+}
+
+TEST_P(AttentionOnEachSimd, SeveralSegmentsEqualEager) {
+  AttentionCase c({.heads = 2, .kv_heads = 1, .dim = 8}, {2500});
+  c.RunAll(*backend_, 700);
+  ExpectEqualsEager(c, 97);
+}
+
+TEST_P(AttentionOnEachSimd, ChunkingChangesNoBit) {
+  for (int window : {0, 40}) {
+    AttentionCase c({.window = window}, {200, 150});
+    c.RunAll(*backend_, 1000);
+    const auto whole = c.out();
+    for (int chunk : {1, 7, 64}) {
+      c.RunAll(*backend_, chunk);
+      EXPECT_EQ(c.out(), whole) << "window " << window << " chunk " << chunk;
+    }
+  }
+}
+
+TEST_P(AttentionOnEachSimd, NeighboursAndThreadsChangeNoBit) {
+  AttentionCase together({.heads = 2, .kv_heads = 1}, {2200, 70}, 5);
+  together.RunAll(*backend_, 2200);
+  const auto both = together.out();
+  const auto single = Backend::Cpu({.threads = 1, .simd = GetParam()});
+  together.Rewind();
+  together.Step(*single, {2200, 0}, false);
+  EXPECT_EQ(together.out()[0], both[0]);
+  // A long decode is split over threads: token by token from 2,190.
+  const auto four = Backend::Cpu({.threads = 4, .simd = GetParam()});
+  together.Rewind();
+  together.Step(*single, {2190, 0}, false);
+  for (int i = 0; i < 10; ++i) together.Step(*four, {1, 0}, false);
+  EXPECT_EQ(together.out()[0], both[0]);
+}
+
+TEST_P(AttentionOnEachSimd, ObservingChangesNoBit) {
+  AttentionCase c({.window = 24}, {100});
+  c.RunAll(*backend_, 30);
+  const auto plain = c.out();
+  c.RunAll(*backend_, 30, /*observe=*/true);
+  EXPECT_EQ(c.out(), plain);
+}
+
+// --- Spans ---------------------------------------------------------------------------------------
+
+void ExpectSpansEqualEager(const AttentionCase& c, const std::vector<ProbeRange>& probes,
+                           int every) {
+  const AttentionShape& shape = c.shape();
+  for (size_t s = 0; s < c.lengths().size(); ++s) {
+    for (int t = 0; t < c.lengths()[s]; t += every) {
+      for (int h = 0; h < shape.heads; ++h) {
+        const std::vector<double> p = c.Eager(static_cast<int>(s), t, h).p;
+        double far = 0, sink = 0, distance = 0, entropy = 0, top = -1, probe = 0;
+        double buckets[kDistanceBuckets] = {};
+        int top_key = 0;
+        for (int j = 0; j <= t; ++j) {
+          const int back = t - j;
+          if (j < kSinkTokens) sink += p[j];
+          if (j >= kSinkTokens) distance += p[j] * back;
+          if (j >= kSinkTokens && back >= shape.far_window) far += p[j];
+          if (p[j] > 0) entropy -= p[j] * std::log(p[j]);
+          if (p[j] > top) top = p[j], top_key = j;
+          for (const ProbeRange& r : probes) {
+            if (j >= r.begin && j < r.end) {
+              probe += p[j];
+              break;
+            }
+          }
+          int bucket = 0;
+          while (back >= (1 << bucket)) ++bucket;
+          buckets[bucket] += p[j];
+        }
+        double seen = 0;
+        for (double x : p) seen += x;
+        const SpanRecord& r = c.records()[s][static_cast<size_t>(t) * shape.heads + h];
+        const double kSpan = 1e-5;  // the bound is 1e-3; sums are kept in doubles
+        EXPECT_NEAR(r.far_mass, far, kSpan);
+        EXPECT_NEAR(r.sink_mass, sink, kSpan);
+        // Relative: distances reach the context's length; near 1 - sink = 0 the division amplifies.
+        if (seen - sink > 1e-6) {
+          EXPECT_NEAR(r.distance, distance / (seen - sink), 1e-3 * (1 + t));
+        }
+        EXPECT_NEAR(r.entropy, t > 0 ? entropy / std::log(t + 1.0) : 0, kSpan);
+        EXPECT_NEAR(r.top_probability, top, kSpan);
+        EXPECT_EQ(r.top_key, top_key);
+        EXPECT_NEAR(r.probe_mass, probe, kSpan);
+        EXPECT_EQ(r.beyond_window, 0.0f);
+        for (int b = 0; b < kDistanceBuckets; ++b)
+          EXPECT_NEAR(r.mass_by_distance[b], buckets[b], kSpan);
+        if (::testing::Test::HasFailure()) FAIL() << "position " << t << " head " << h;
+      }
+    }
+  }
+}
+
+TEST_P(AttentionOnEachSimd, SpansEqualTheEagerReferenceInAnyChunks) {
+  const std::vector<ProbeRange> probes = {{10, 17}, {40, 41}};
+  for (int window : {0, 24}) {
+    for (bool extras : {false, true}) {
+      AttentionCase c(
+          {.window = window, .softcap = extras ? 3.0f : 0, .sinks = extras, .far_window = 24},
+          {110, 60});
+      for (int chunk : {1, 7, 64, 200}) {
+        c.RunAll(*backend_, chunk, /*observe=*/true, probes);
+        ExpectSpansEqualEager(c, probes, 3);
+      }
+    }
+  }
+}
+
+TEST_P(AttentionOnEachSimd, SpansOfABatchOf64EqualTheEagerReference) {
+  std::vector<int> lengths;
+  for (int s = 0; s < 64; ++s) lengths.push_back(5 + s);
+  AttentionCase c({.heads = 2, .kv_heads = 1, .dim = 8}, lengths);
+  c.RunAll(*backend_, 1, /*observe=*/true);
+  ExpectSpansEqualEager(c, {}, 5);
+}
+
+TEST_P(AttentionOnEachSimd, SpansSurviveTheMergeOfSegments) {
+  AttentionCase c({.heads = 2, .kv_heads = 1, .dim = 8, .far_window = 64}, {2300});
+  c.RunAll(*backend_, 2300, /*observe=*/true, {{1000, 1100}});
+  ExpectSpansEqualEager(c, {{1000, 1100}}, 191);
+}
+
+TEST_P(AttentionOnEachSimd, MassByDistanceAddsUpToOne) {
+  AttentionCase c({.window = 0}, {300});
+  c.RunAll(*backend_, 64, /*observe=*/true);
+  for (const SpanRecord& r : c.records()[0]) {
+    double sum = 0;
+    for (float mass : r.mass_by_distance) sum += mass;
+    ASSERT_NEAR(sum, 1.0, 1e-5);
+  }
+}
+
+}  // namespace
+}  // namespace longspan

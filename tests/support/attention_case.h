@@ -1,0 +1,220 @@
+#pragma once
+// A random attention problem with its cache, and a plain double-precision answer to it: every score
+// is kept, softmax is taken over the whole row.
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "kernels/backend.h"
+#include "kernels/convert.h"
+
+namespace longspan::testing {
+
+struct AttentionShape {
+  int heads = 4, kv_heads = 2, dim = 16, window = 0, page_tokens = 16;
+  float softcap = 0;
+  bool sinks = false;
+  DType dtype = DType::kBF16;
+  int far_window = 8;
+};
+
+// Sequences of given lengths; all queries, keys and values are known, as if computed in one pass.
+class AttentionCase {
+ public:
+  AttentionCase(const AttentionShape& shape, std::vector<int> lengths, uint32_t seed = 1)
+      : shape_(shape), lengths_(std::move(lengths)) {
+    std::mt19937 random(seed);
+    std::normal_distribution<float> normal;
+    auto fill = [&](std::vector<float>& v, size_t n, float scale) {
+      v.resize(n);
+      for (float& x : v) x = scale * normal(random);
+    };
+    q_.resize(lengths_.size());
+    k_ = v_ = q_;
+    for (size_t s = 0; s < lengths_.size(); ++s) {
+      fill(q_[s], static_cast<size_t>(lengths_[s]) * shape.heads * shape.dim, 1.5f);
+      fill(k_[s], static_cast<size_t>(lengths_[s]) * shape.kv_heads * shape.dim, 1.0f);
+      fill(v_[s], static_cast<size_t>(lengths_[s]) * shape.kv_heads * shape.dim, 1.0f);
+      if (shape.dtype == DType::kBF16) {
+        for (auto* rows : {&k_[s], &v_[s]}) {
+          for (float& x : *rows) x = FromBf16(ToBf16(x));
+        }
+      }
+    }
+    if (shape.sinks) fill(sinks_, shape.heads, 1.0f);
+    Rewind();
+  }
+
+  // Empties the cache.
+  void Rewind() {
+    const int64_t layer = static_cast<int64_t>(shape_.kv_heads) * shape_.page_tokens * shape_.dim;
+    const int64_t page_bytes =
+        (2 * BytesOf(shape_.dtype, layer) + kPageUnitBytes - 1) / kPageUnitBytes * kPageUnitBytes;
+    int longest = 1;
+    for (int n : lengths_) longest = std::max(longest, n);
+    slots_ = shape_.window > 0
+                 ? (shape_.window - 1 + shape_.page_tokens - 1) / shape_.page_tokens + 1
+                 : (longest + shape_.page_tokens - 1) / shape_.page_tokens;
+    const size_t pages = lengths_.size() * slots_;
+    // Bytes that read as NaN: what was never stored must not be used.
+    arena_.assign(pages * page_bytes, static_cast<std::byte>(0xff));
+    table_.resize(pages);
+    for (size_t i = 0; i < pages; ++i) {  // scattered
+      table_[i] = static_cast<int32_t>((pages - 1 - i) * page_bytes / kPageUnitBytes);
+    }
+    cache_.arena = arena_.data();
+    cache_.key_offset = 0;
+    cache_.value_offset = BytesOf(shape_.dtype, layer);
+    cache_.dtype = shape_.dtype;
+    cache_.page_tokens = shape_.page_tokens;
+    cache_.kv_heads = shape_.kv_heads;
+    cache_.head_dim = shape_.dim;
+    cache_.table_stride = slots_;
+    cache_.slots = slots_;
+    done_.assign(lengths_.size(), 0);
+    out_.assign(lengths_.size(), {});
+    records_.assign(lengths_.size(), {});
+  }
+
+  // One step: `counts[s]` more tokens of each sequence (0: not in the step). Observes all rows if
+  // `observe`.
+  void Step(Backend& backend, const std::vector<int>& counts, bool observe,
+            const std::vector<ProbeRange>& probes = {}) {
+    const int qn = shape_.heads * shape_.dim, kn = shape_.kv_heads * shape_.dim;
+    std::vector<float> q, out;
+    std::vector<float> kf, vf;
+    std::vector<int32_t> row_begin = {0}, start, table, rows, offsets = {0};
+    std::vector<ProbeRange> all_probes;
+    std::vector<int> members;
+    for (size_t s = 0; s < lengths_.size(); ++s) {
+      if (counts[s] == 0) continue;
+      members.push_back(static_cast<int>(s));
+      const int at = done_[s];
+      q.insert(q.end(), q_[s].begin() + at * qn, q_[s].begin() + (at + counts[s]) * qn);
+      kf.insert(kf.end(), k_[s].begin() + at * kn, k_[s].begin() + (at + counts[s]) * kn);
+      vf.insert(vf.end(), v_[s].begin() + at * kn, v_[s].begin() + (at + counts[s]) * kn);
+      start.push_back(at);
+      row_begin.push_back(row_begin.back() + counts[s]);
+      table.insert(table.end(), table_.begin() + s * slots_, table_.begin() + (s + 1) * slots_);
+    }
+    const int n = row_begin.back();
+    for (int r = 0; r < n && observe; ++r) {
+      rows.push_back(r);
+      all_probes.insert(all_probes.end(), probes.begin(), probes.end());
+      offsets.push_back(static_cast<int32_t>(all_probes.size()));
+    }
+    out.resize(q.size());
+    std::vector<uint16_t> kh(kf.size()), vh(vf.size());
+    for (size_t i = 0; i < kf.size(); ++i) kh[i] = ToBf16(kf[i]), vh[i] = ToBf16(vf[i]);
+    const bool half = shape_.dtype == DType::kBF16;
+    std::vector<SpanRecord> records(static_cast<size_t>(n) * shape_.heads);
+
+    cache_.table = table.data();
+    AttentionArgs a;
+    a.query = View::Matrix(q.data(), DType::kF32, n, qn).Heads(shape_.heads);
+    a.key = View::Matrix(half ? static_cast<void*>(kh.data()) : kf.data(), shape_.dtype, n, kn)
+                .Heads(shape_.kv_heads);
+    a.value = View::Matrix(half ? static_cast<void*>(vh.data()) : vf.data(), shape_.dtype, n, kn)
+                  .Heads(shape_.kv_heads);
+    a.out = View::Matrix(out.data(), DType::kF32, n, qn).Heads(shape_.heads);
+    a.cache = cache_;
+    a.batch = {static_cast<int>(members.size()), n, row_begin.data(), start.data()};
+    a.scale = Scale();
+    a.window = shape_.window;
+    a.softcap = shape_.softcap;
+    if (shape_.sinks) a.sinks = View::Vector(sinks_.data(), DType::kF32, shape_.heads);
+    if (observe) {
+      a.spans.rows = rows.data();
+      a.spans.count = n;
+      a.spans.far_window = shape_.far_window;
+      a.spans.records = records.data();
+      if (!probes.empty()) {
+        a.spans.probes = all_probes.data();
+        a.spans.probe_offsets = offsets.data();
+      }
+    }
+    backend.Run(backend.ops().Attention, a);
+    backend.Run(backend.ops().StoreKv, {a.key, a.value, cache_, a.batch, shape_.window});
+    for (size_t m = 0; m < members.size(); ++m) {
+      const int s = members[m];
+      out_[s].insert(out_[s].end(), out.begin() + row_begin[m] * qn,
+                     out.begin() + row_begin[m + 1] * qn);
+      records_[s].insert(records_[s].end(), records.begin() + row_begin[m] * shape_.heads,
+                         records.begin() + row_begin[m + 1] * shape_.heads);
+      done_[s] += counts[s];
+    }
+  }
+
+  // All sequences to their ends, `chunk` tokens a step each.
+  void RunAll(Backend& backend, int chunk, bool observe = false,
+              const std::vector<ProbeRange>& probes = {}) {
+    Rewind();
+    while (true) {
+      std::vector<int> counts(lengths_.size());
+      bool any = false;
+      for (size_t s = 0; s < lengths_.size(); ++s) {
+        counts[s] = std::min(chunk, lengths_[s] - done_[s]);
+        any |= counts[s] > 0;
+      }
+      if (!any) return;
+      Step(backend, counts, observe, probes);
+    }
+  }
+
+  struct Answer {
+    std::vector<double> out;  // [dim]
+    std::vector<double> p;    // [position + 1], zero outside the window
+  };
+  Answer Eager(int s, int position, int head) const {
+    const int kv = head / (shape_.heads / shape_.kv_heads), dim = shape_.dim;
+    const int first = shape_.window > 0 ? std::max(0, position - shape_.window + 1) : 0;
+    Answer answer;
+    answer.p.assign(position + 1, 0.0);
+    answer.out.assign(dim, 0.0);
+    double max = shape_.sinks ? sinks_[head] : -1e300;
+    std::vector<double> scores(position + 1);
+    for (int j = first; j <= position; ++j) {
+      double dot = 0;
+      for (int d = 0; d < dim; ++d) {
+        dot += static_cast<double>(
+                   q_[s][(static_cast<size_t>(position) * shape_.heads + head) * dim + d]) *
+               k_[s][(static_cast<size_t>(j) * shape_.kv_heads + kv) * dim + d];
+      }
+      scores[j] = dot * Scale();
+      if (shape_.softcap > 0) scores[j] = shape_.softcap * std::tanh(scores[j] / shape_.softcap);
+      max = std::max(max, scores[j]);
+    }
+    double total = shape_.sinks ? std::exp(sinks_[head] - max) : 0;
+    for (int j = first; j <= position; ++j) total += std::exp(scores[j] - max);
+    for (int j = first; j <= position; ++j) {
+      answer.p[j] = std::exp(scores[j] - max) / total;
+      for (int d = 0; d < dim; ++d) {
+        answer.out[d] +=
+            answer.p[j] * v_[s][(static_cast<size_t>(j) * shape_.kv_heads + kv) * dim + d];
+      }
+    }
+    return answer;
+  }
+
+  float Scale() const { return 1.0f / std::sqrt(static_cast<float>(shape_.dim)); }
+  const AttentionShape& shape() const { return shape_; }
+  const std::vector<int>& lengths() const { return lengths_; }
+  const std::vector<std::vector<float>>& out() const { return out_; }
+  const std::vector<std::vector<SpanRecord>>& records() const { return records_; }
+
+ private:
+  AttentionShape shape_;
+  std::vector<int> lengths_;
+  std::vector<std::vector<float>> q_, k_, v_, out_;
+  std::vector<float> sinks_;
+  std::vector<std::vector<SpanRecord>> records_;
+  std::vector<std::byte> arena_;
+  std::vector<int32_t> table_;
+  std::vector<int> done_;
+  KvView cache_;
+  int slots_ = 0;
+};
+
+}  // namespace longspan::testing
