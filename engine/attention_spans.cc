@@ -41,7 +41,7 @@ void AddRow(const ModelSpec& spec, absl::Span<const SpanRecord> records, int64_t
       s.top_probability += r.top_probability;
       s.probe_mass += r.probe_mass;
       s.beyond_window += r.beyond_window;
-      const bool far = position - r.top_key >= far_window;
+      const bool far = far_window > 0 && position - r.top_key >= far_window;
       if (far && tokens[r.top_key] == next) s.copy_hits += 1;
       for (int b = 0; b < kDistanceBuckets; ++b) s.mass_by_distance[b] += r.mass_by_distance[b];
     }

@@ -26,8 +26,8 @@ struct SpanSnapshot {
 // Adds one observed query row to `sums`. records: [layers * max_heads], layer-major; `position` is
 // t, `tokens` the sequence so far, `next` the token that was sampled from the row. A copy hit is
 // tokens[top_key] == next with t - top_key >= W; sink mass counts where t >= kSinkTokens + W (the
-// online form of Wu et al., arXiv 2404.15574). Dies if a window layer put mass beyond its own
-// window.
+// online form of Wu et al., arXiv 2404.15574). A model without window layers has no W: no far mass,
+// no copy hits. Dies if a window layer put mass beyond its own window.
 void AddRow(const ModelSpec& spec, absl::Span<const SpanRecord> records, int64_t position,
             absl::Span<const int32_t> tokens, int32_t next, SpanSums& sums);
 SpanSums EmptySums(const ModelSpec& spec);

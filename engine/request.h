@@ -14,21 +14,21 @@
 namespace longspan {
 
 struct SamplingParams {
-  float temperature = 1;           // 0: greedy
-  int top_k = 0;                   // 0: off
-  float top_p = 1;                 // (0, 1]
-  float min_p = 0;                 // [0, 1]
-  float presence_penalty = 0;      // [-2, 2]
-  float frequency_penalty = 0;     // [-2, 2]
-  float repetition_penalty = 1;    // (0, 2]; over prompt and output
-  std::optional<uint64_t> seed;    // unset: drawn by Engine::Submit from the request id
+  float temperature = 1;                              // 0: greedy
+  int top_k = 0;                                      // 0: off
+  float top_p = 1;                                    // (0, 1]
+  float min_p = 0;                                    // [0, 1]
+  float presence_penalty = 0;                         // [-2, 2]
+  float frequency_penalty = 0;                        // [-2, 2]
+  float repetition_penalty = 1;                       // (0, 2]; over prompt and output
+  std::optional<uint64_t> seed;                       // unset: drawn at random by Engine::Submit
   std::vector<std::pair<int32_t, float>> logit_bias;  // [-100, 100] each
 };
 
 struct StoppingParams {
   int max_tokens = 16;
-  int min_tokens = 0;              // eos, stop ids and stop strings do not end it before
-  std::vector<std::string> stop;   // valid UTF-8, not empty
+  int min_tokens = 0;             // eos, stop ids and stop strings do not end it before
+  std::vector<std::string> stop;  // valid UTF-8, not empty
   std::vector<int32_t> stop_token_ids;
   bool ignore_eos = false;
   bool include_stop_in_output = false;
@@ -38,27 +38,27 @@ struct OutputParams {
   std::optional<int> logprobs;         // chosen token plus this many of the top; 0..20
   std::optional<int> prompt_logprobs;  // the same for each prompt token
   bool skip_special_tokens = true;
-  bool attention_spans = false;        // collect this request's own spans (every step observed)
+  bool attention_spans = false;  // collect this request's own spans (every step observed)
 };
 
 struct Request {
-  std::string id;                      // unique among those in flight
-  std::vector<int32_t> prompt;         // not empty; ids < vocab
+  std::string id;               // unique among those in flight
+  std::vector<int32_t> prompt;  // not empty; ids < vocab
   SamplingParams sampling;
   StoppingParams stopping;
   OutputParams output;
-  int n = 1;                           // choices
-  int priority = 0;                    // larger first
+  int n = 1;         // choices
+  int priority = 0;  // larger first
   absl::Time deadline = absl::InfiniteFuture();
-  std::vector<ProbeRange> probes;      // needle positions in the prompt: their mass is reported per head
-                                       // for the row that yields the first output token
+  std::vector<ProbeRange> probes;  // needle positions in the prompt: their mass is reported per
+                                   // head for the row that yields the first output token
 };
 
 struct TokenLogprob {
   int32_t token = 0;
   float logprob = 0;
-  int rank = 1;                        // 1: the most likely
-  std::vector<TokenLogprob> top;       // most likely first; empty inside `top` itself
+  int rank = 1;                   // 1: the most likely
+  std::vector<TokenLogprob> top;  // most likely first; empty inside `top` itself
 };
 
 enum class FinishReason : uint8_t { kNone, kStop, kLength, kCancelled };
@@ -70,8 +70,8 @@ struct HeadSums {
   double mass_by_distance[kDistanceBuckets] = {};
 };
 struct SpanSums {
-  int layers = 0, heads = 0;           // heads: the most of any layer
-  std::vector<HeadSums> sums;          // layers * heads
+  int layers = 0, heads = 0;   // heads: the most of any layer
+  std::vector<HeadSums> sums;  // layers * heads
   HeadSums& at(int layer, int head) { return sums[layer * heads + head]; }
   const HeadSums& at(int layer, int head) const { return sums[layer * heads + head]; }
 };
@@ -85,16 +85,16 @@ struct Event {
   enum class Kind : uint8_t { kPrompt, kDelta, kFinished };
   Kind kind = Kind::kDelta;
 
-  // kPrompt: once, first, when the prompt has been read (only if prompt_logprobs were asked for, they are
-  // in `logprobs`: entry i describes prompt token i; entry 0 is empty).
-  // kDelta: new tokens of choice `index`. `text` may lag behind `tokens` while a character or a possible
-  // stop string is incomplete.
+  // kPrompt: once, first, when the prompt has been read (only if prompt_logprobs were asked for,
+  // they are in `logprobs`: entry i describes prompt token i; entry 0 is empty). kDelta: new tokens
+  // of choice `index`. `text` may lag behind `tokens` while a character or a possible stop string
+  // is incomplete.
   int index = 0;
   std::vector<int32_t> tokens;
   std::string text;
   std::vector<TokenLogprob> logprobs;
-  FinishReason finish = FinishReason::kNone;      // on this index's last delta
-  std::optional<std::string> stop_text;           // what stopped it, if finish == kStop
+  FinishReason finish = FinishReason::kNone;  // on this index's last delta
+  std::optional<std::string> stop_text;       // what stopped it, if finish == kStop
   std::optional<int32_t> stop_token;
   bool stop_is_eos = false;
 
@@ -102,11 +102,12 @@ struct Event {
   absl::Status status;
   int prompt_tokens = 0, completion_tokens = 0, cached_prompt_tokens = 0;
   Timings timings;
-  std::optional<SpanSums> spans;                  // if asked for
-  std::vector<std::vector<float>> probe_mass;     // [layers][heads], if probes were given
+  std::optional<SpanSums> spans;               // if asked for
+  std::vector<std::vector<float>> probe_mass;  // [layers][heads], if probes were given
 };
 
-// Called on the engine thread; must not block. Owned by the engine until kFinished has been delivered.
+// Called on the engine thread; must not block. Owned by the engine until kFinished has been
+// delivered.
 using EventSink = absl::AnyInvocable<void(Event)>;
 
 }  // namespace longspan

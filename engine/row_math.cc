@@ -67,8 +67,7 @@ float BlockWeights(const float* x, float highest, float scale, float floor, floa
   Floats sum = Splat(0);
   for (int i = 0; i < kRowBlock; i += kLanes) {
     const Floats v = Load(x + i);
-    const Floats w =
-        Select(v >= Splat(floor), Exp((v - Splat(highest)) * Splat(scale)), Splat(0));
+    const Floats w = Select(v >= Splat(floor), Exp((v - Splat(highest)) * Splat(scale)), Splat(0));
     Store(weights + i, w);
     sum += w;
   }
@@ -105,18 +104,21 @@ double RowSum(absl::Span<const float> row, float highest, float scale) {
 
 int32_t RowRank(absl::Span<const float> row, int32_t index) {
   float x[kRowBlock];
-  LoadBlock(row, index / kRowBlock, x);
+  const int64_t own = index / kRowBlock;
+  LoadBlock(row, own, x);
   const float value = x[index % kRowBlock];
-  int32_t before = 0;
+  Ints before = {0, 0, 0, 0};
   for (int64_t b = 0; b < RowBlocks(row); ++b) {
     LoadBlock(row, b, x);
-    const int64_t begin = b * kRowBlock;
-    const int count = static_cast<int>(std::min<int64_t>(kRowBlock, row.size() - begin));
-    // Ties count up to `index`; blocks before its own count whole, later ones not at all.
-    const int64_t ties = std::clamp<int64_t>(index - begin, 0, count);
-    for (int i = 0; i < count; ++i) before += (x[i] > value) | ((x[i] == value) & (i < ties));
+    // Ties count in the blocks before its own; there, up to `index`.
+    const Ints ties = b < own ? ~Ints{0, 0, 0, 0} : Ints{0, 0, 0, 0};
+    for (int i = 0; i < kRowBlock; i += kLanes) {
+      const Floats v = Load(x + i);
+      before -= (v > Splat(value)) | ((v == Splat(value)) & ties);
+    }
+    if (b == own) before[0] += std::count(x, x + index % kRowBlock, value);
   }
-  return before;
+  return before[0] + before[1] + before[2] + before[3];
 }
 
 void RowTop(absl::Span<const float> row, int64_t count,
@@ -130,7 +132,8 @@ void RowTop(absl::Span<const float> row, int64_t count,
     LoadBlock(row, b, x);
     maxima[b] = BlockMax(x);
   }
-  // `count` blocks have a value of at least the count-th largest maximum, so the answer is not smaller.
+  // `count` blocks have a value of at least the count-th largest maximum, so the answer is not
+  // smaller.
   float floor = kNoLogit;
   if (count <= blocks) {
     std::vector<float> order = maxima;

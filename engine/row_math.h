@@ -1,7 +1,7 @@
 #pragma once
-// Vectorised passes over one row of logits, in blocks of kRowBlock. Compiled for the baseline of the
-// target (four lanes), so that results do not depend on the machine. A value that is not finite reads
-// as -infinity.
+// Vectorised passes over one row of logits, in blocks of kRowBlock. Compiled for the baseline of
+// the target (four lanes), so that results do not depend on the machine. A value that is not finite
+// reads as -infinity.
 #include <cstdint>
 #include <limits>
 #include <utility>
@@ -22,8 +22,8 @@ inline int64_t RowBlocks(absl::Span<const float> row) {
 void LoadBlock(absl::Span<const float> row, int64_t block, float* out);
 // Largest of a loaded block.
 float BlockMax(const float* x);
-// weights[i] = exp((x[i] - highest) * scale) for x[i] >= floor, else 0; returns their sum. x[i] <= highest.
-// Relative error below 3e-7 where the weight exceeds 1e-30.
+// weights[i] = exp((x[i] - highest) * scale) for x[i] >= floor, else 0; returns their sum. x[i] <=
+// highest. Relative error below 3e-7 where the weight exceeds 1e-30.
 float BlockWeights(const float* x, float highest, float scale, float floor, float* weights);
 
 // Largest value and the smallest index that has it; {-infinity, -1} when no value is finite.
@@ -32,8 +32,10 @@ std::pair<float, int32_t> RowMax(absl::Span<const float> row);
 double RowSum(absl::Span<const float> row, float highest, float scale);
 // How many values come before (x, index): larger, or equal with a smaller index.
 int32_t RowRank(absl::Span<const float> row, int32_t index);
-// Appends to *out (cleared first) every finite value that is at least the count-th largest, in no order.
-void RowTop(absl::Span<const float> row, int64_t count, std::vector<std::pair<float, int32_t>>* out);
+// Appends to *out (cleared first) every finite value that is at least the count-th largest, in no
+// order.
+void RowTop(absl::Span<const float> row, int64_t count,
+            std::vector<std::pair<float, int32_t>>* out);
 
 // Larger values first, smaller indices first among equals.
 inline bool MoreLikely(const std::pair<float, int32_t>& a, const std::pair<float, int32_t>& b) {

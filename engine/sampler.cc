@@ -22,8 +22,8 @@ bool HasPenalties(const SamplingParams& params) {
          params.repetition_penalty != 1;
 }
 
-// Repetition (Keskar et al., arXiv 1909.05858) over prompt and output; frequency and presence over the
-// output alone.
+// Repetition (Keskar et al., arXiv 1909.05858) over prompt and output; frequency and presence over
+// the output alone.
 float Penalise(float logit, bool in_prompt, int32_t count, const SamplingParams& params) {
   if (in_prompt || count > 0) {
     logit = logit > 0 ? logit / params.repetition_penalty : logit * params.repetition_penalty;
@@ -104,8 +104,8 @@ SampleCut Sampler::Cut(absl::Span<const float> row, float highest, const Samplin
   return cut;
 }
 
-// Masses are gathered in bins of equal logit width, most likely first; only the bin in which the sum
-// reaches top_p is sorted.
+// Masses are gathered in bins of equal logit width, most likely first; only the bin in which the
+// sum reaches top_p is sorted.
 SampleCut Sampler::CutTopP(absl::Span<const float> row, float highest, float inverse_temperature,
                            SampleCut cut, double top_p) {
   constexpr int kBins = 2048;

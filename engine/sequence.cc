@@ -22,15 +22,11 @@ Sequence::Sequence(const Request& request, int index, uint64_t seed, const Token
     : request_(request),
       index_(index),
       seed_(seed),
+      vocab_(vocab),
       eos_(eos.begin(), eos.end()),
       tokens_(request.prompt),
       stream_(tokenizer, request.output.skip_special_tokens),
       matcher_(request.stopping.stop, request.stopping.include_stop_in_output) {
-  tokens_.reserve(request.prompt.size() + request.stopping.max_tokens);
-  if (HasPenalties(request.sampling)) {
-    history_ = std::make_unique<TokenHistory>(vocab);
-    for (int32_t token : request.prompt) history_->AddPrompt(token);
-  }
   if (request.stopping.min_tokens > 0) {
     banned_early_ = request.stopping.stop_token_ids;
     if (!request.stopping.ignore_eos) {
@@ -39,17 +35,26 @@ Sequence::Sequence(const Request& request, int index, uint64_t seed, const Token
   }
 }
 
+// Made at the first token: requests that wait in the queue should stay small.
+const TokenHistory* Sequence::History() {
+  if (history_ == nullptr && HasPenalties(request_.sampling)) {
+    history_ = std::make_unique<TokenHistory>(vocab_);
+    for (int32_t token : request_.prompt) history_->AddPrompt(token);
+  }
+  return history_.get();
+}
+
 Event Sequence::Next(Sampler& sampler, absl::Span<const float> logits) {
   CHECK(!finished());
-  const bool early = output_tokens() < request_.stopping.min_tokens;
+  const StoppingParams& stopping = request_.stopping;
   SampleInput input;
   input.logits = logits;
   input.params = &request_.sampling;
   input.seed = seed_;
   input.choice = index_;
   input.position = output_tokens();
-  input.history = history_.get();
-  if (early) input.banned = banned_early_;
+  input.history = History();
+  if (output_tokens() < stopping.min_tokens) input.banned = banned_early_;
   input.top_logprobs = request_.output.logprobs.value_or(-1);
   Sampled sampled = sampler.Sample(input);
 
@@ -60,41 +65,34 @@ Event Sequence::Next(Sampler& sampler, absl::Span<const float> logits) {
   tokens_.push_back(sampled.token);
   if (history_ != nullptr) history_->AddOutput(sampled.token);
 
-  if (auto stop = StopsAt(sampled.token, event); stop.has_value()) {
-    finish_ = *stop;
-    if (request_.stopping.include_stop_in_output) AppendText(sampled.token, event);
+  const bool may_stop = output_tokens() >= stopping.min_tokens;
+  if (StopsAt(sampled.token, event)) {
+    finish_ = FinishReason::kStop;
+    if (stopping.include_stop_in_output) AppendText(stream_.Append(sampled.token), false, event);
   } else {
-    AppendText(sampled.token, event);
-    if (!finished() && output_tokens() >= request_.stopping.max_tokens) {
-      finish_ = FinishReason::kLength;
-    }
+    AppendText(stream_.Append(sampled.token), may_stop, event);
+    if (!finished() && output_tokens() >= stopping.max_tokens) finish_ = FinishReason::kLength;
   }
   if (finished() && !event.stop_text.has_value()) {
     // Bytes of an unfinished character, then a stop string's unfinished beginning, are plain text
     // now.
-    StopMatcher::Found rest = matcher_.Append(stream_.Flush());
-    event.text += rest.text;
-    if (!rest.stop.has_value()) event.text += matcher_.Flush();
+    AppendText(stream_.Flush(), may_stop && finish_ == FinishReason::kLength, event);
+    event.text += matcher_.Flush();
   }
   event.finish = finish_;
   return event;
 }
 
-std::optional<FinishReason> Sequence::StopsAt(int32_t token, Event& event) {
+bool Sequence::StopsAt(int32_t token, Event& event) const {
   const bool eos = !request_.stopping.ignore_eos && Contains(eos_, token);
-  if (!eos && !Contains(request_.stopping.stop_token_ids, token)) return std::nullopt;
+  if (!eos && !Contains(request_.stopping.stop_token_ids, token)) return false;
   event.stop_token = token;
   event.stop_is_eos = eos;
-  return FinishReason::kStop;
+  return true;
 }
 
-void Sequence::AppendText(int32_t token, Event& event) {
-  const std::string text = stream_.Append(token);
-  if (output_tokens() < request_.stopping.min_tokens) {
-    event.text += text;  // no stop string counts yet
-    return;
-  }
-  StopMatcher::Found found = matcher_.Append(text);
+void Sequence::AppendText(absl::string_view text, bool may_stop, Event& event) {
+  StopMatcher::Found found = matcher_.Append(text, may_stop);
   event.text += found.text;
   if (found.stop.has_value()) {
     event.stop_text = std::move(found.stop);
@@ -107,7 +105,8 @@ Event Sequence::Cancelled() {
   Event event;
   event.index = index_;
   event.finish = finish_;
-  event.text = matcher_.Append(stream_.Flush()).text + matcher_.Flush();
+  AppendText(stream_.Flush(), false, event);
+  event.text += matcher_.Flush();
   return event;
 }
 

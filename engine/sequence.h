@@ -34,15 +34,16 @@ class Sequence {
 
   Ticket ticket = 0;
   SequenceId cache = -1;  // -1: none (queued or preempted)
-  bool counted_in_spans = false;
 
  private:
-  std::optional<FinishReason> StopsAt(int32_t token, Event& event);
-  void AppendText(int32_t token, Event& event);
+  const TokenHistory* History();
+  bool StopsAt(int32_t token, Event& event) const;  // an id that ends the text; fills the event
+  void AppendText(absl::string_view text, bool may_stop, Event& event);
 
   const Request& request_;
   int index_;
   uint64_t seed_;
+  int vocab_;
   std::vector<int32_t> eos_;
   std::vector<int32_t> tokens_;
   std::unique_ptr<TokenHistory> history_;  // only when a penalty is set
