@@ -1,0 +1,274 @@
+// MatMul: shares the outputs of all parts among the threads, and decides per piece whether to
+// multiply straight from the stored weights (few rows) or from weights unpacked once for many rows.
+#include <algorithm>
+#include <cstring>
+
+#include "kernels/check.h"
+#include "kernels/cpu/blocks.h"
+#include "kernels/cpu/context.h"
+#include "kernels/cpu/matmul_kernels.h"
+#include "kernels/cpu/ops_cpu.h"
+
+namespace longspan::cpu {
+
+const MatMulKernels& MatMulKernelsOf(Simd) { return kPortableMatMul; }
+
+const FloatKernels* FloatKernelsOf(const MatMulKernels& kernels, DType type) {
+  switch (type) {
+    case DType::kF32:
+      return &kernels.f32;
+    case DType::kF16:
+      return &kernels.f16;
+    case DType::kBF16:
+      return &kernels.bf16;
+    default:
+      return nullptr;
+  }
+}
+
+const BlockKernels* BlockKernelsOf(const MatMulKernels& kernels, DType type) {
+  switch (type) {
+    case DType::kQ8_0:
+      return &kernels.q8_0;
+    case DType::kQ4_0:
+      return &kernels.q4_0;
+    case DType::kQ5_0:
+      return &kernels.q5_0;
+    case DType::kQ4_K:
+      return &kernels.q4_k;
+    case DType::kQ5_K:
+      return &kernels.q5_k;
+    case DType::kQ6_K:
+      return &kernels.q6_k;
+    default:
+      return nullptr;
+  }
+}
+
+namespace {
+
+// Fewer rows than these are multiplied straight from the stored weights: converting them first
+// costs about as much as these rows' products.
+constexpr int64_t kRowsToWiden = 8;
+constexpr int64_t kRowsToUnpack = 3;
+// Pieces per thread: enough that a late thread's share can be taken by others.
+constexpr int64_t kPiecesPerThread = 16;
+// Rows below which a second loop over the team costs more than it saves.
+constexpr int64_t kRowsToShareQuantising = 4;
+
+int64_t RoundUp(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Memory of one call, cut from a scratch area that is first measured (base nullptr), then used.
+struct Carver {
+  std::byte* base = nullptr;
+  size_t used = 0;
+  template <class T>
+  T* Take(int64_t count) {
+    T* piece = base == nullptr ? nullptr : reinterpret_cast<T*>(base + used);
+    used += RoundUp(count * sizeof(T), 64);
+    return piece;
+  }
+};
+
+QuantisedRows CarveRows(Carver& carver, int64_t rows, int64_t in) {
+  return {.q = carver.Take<int8_t>(rows * in),
+          .scale = carver.Take<float>(rows * in / 32),
+          .sum16 = carver.Take<float>(rows * in / 16),
+          .sum32 = carver.Take<float>(rows * in / 32),
+          .scaled_sum = carver.Take<float>(rows * in / 32)};
+}
+
+QuantisedRows RowOf(const QuantisedRows& x, int64_t row, int64_t in) {
+  return {.q = x.q + row * in,
+          .scale = x.scale + row * (in / 32),
+          .sum16 = x.sum16 + row * (in / 16),
+          .sum32 = x.sum32 + row * (in / 32),
+          .scaled_sum = x.scaled_sum + row * (in / 32)};
+}
+
+Panel CarvePanel(Carver& carver, int64_t in) {
+  return {.levels = carver.Take<uint8_t>(kPanel * in),
+          .scales = carver.Take<float>(kPanel * in / 16),
+          .mins = carver.Take<float>(kPanel * in / 16)};
+}
+
+class Product {
+ public:
+  Product(BackendContext& context, const MatMulArgs& args)
+      : context_(context), args_(args), kernels_(MatMulKernelsOf(context.simd)) {
+    rows_ = args.x.shape[0];
+    in_ = args.x.shape[1];
+    padded_ = RoundUp(in_, kFloatPadding);
+    Check();
+    for (int p = 0; p < args.part_count; ++p) {
+      column_begin_[p + 1] = column_begin_[p] + args.parts[p].shape[0];
+      width_[p] = IsQuantised(args.parts[p].dtype) ? kPanel : kernels_.float_columns;
+      piece_begin_[p + 1] = piece_begin_[p] + (args.parts[p].shape[0] + width_[p] - 1) / width_[p];
+    }
+    CHECK_EQ(args.out.shape[1], column_begin_[args.part_count]);
+  }
+
+  void Compute() {
+    if (rows_ == 0) return;
+    PrepareRows();
+    const int64_t pieces = piece_begin_[args_.part_count];
+    const int64_t grain =
+        std::max<int64_t>(1, pieces / (kPiecesPerThread * context_.team.threads()));
+    context_.team.For(pieces, grain, [this](int64_t begin, int64_t end, int thread) {
+      for (int p = 0; p < args_.part_count; ++p) {
+        const int64_t first = std::max(begin, piece_begin_[p]);
+        const int64_t last = std::min(end, piece_begin_[p + 1]);
+        if (first >= last) continue;
+        ComputePart(p, first - piece_begin_[p], last - piece_begin_[p], thread);
+      }
+    });
+  }
+
+ private:
+  void Check() const {
+    CHECK(args_.part_count >= 1 && args_.part_count <= 3) << args_.part_count;
+    CHECK(args_.x.dtype == DType::kF32 && args_.out.dtype == DType::kF32);
+    CHECK_EQ(args_.out.shape[0], rows_);
+    for (int p = 0; p < args_.part_count; ++p) {
+      const View& part = args_.parts[p];
+      CHECK_EQ(part.shape[1], in_);
+      CHECK_EQ(in_ % Info(part.dtype).block_elements, 0) << Info(part.dtype).name;
+      CHECK(FloatKernelsOf(kernels_, part.dtype) != nullptr ||
+            BlockKernelsOf(kernels_, part.dtype) != nullptr)
+          << Info(part.dtype).name << " is not a weight type";
+    }
+  }
+
+  // Quantises and pads the rows of x as the parts' types need it, once for all of them.
+  void PrepareRows() {
+    bool blocks = false, floats = false;
+    for (int p = 0; p < args_.part_count; ++p) {
+      (IsQuantised(args_.parts[p].dtype) ? blocks : floats) = true;
+    }
+    const bool pad = floats && padded_ != in_;
+    Carver carver;
+    for (int pass = 0; pass < 2; ++pass) {
+      if (blocks) quantised_ = CarveRows(carver, rows_, in_);
+      if (pad) padded_x_ = carver.Take<float>(rows_ * padded_);
+      if (pass == 0) carver = {context_.SharedScratch(carver.used), 0};
+    }
+    x_ = pad ? padded_x_ : args_.x.as<const float>();
+    x_stride_ = pad ? padded_ : args_.x.stride[0];
+    if (!blocks && !pad) return;
+    const int64_t grain = rows_ < kRowsToShareQuantising
+                              ? rows_
+                              : std::max<int64_t>(1, rows_ / (4 * context_.team.threads()));
+    context_.team.For(rows_, grain, [&](int64_t begin, int64_t end, int) {
+      for (int64_t r = begin; r < end; ++r) {
+        const float* row = args_.x.as<const float>() + r * args_.x.stride[0];
+        if (blocks) kernels_.quantise(row, in_, RowOf(quantised_, r, in_));
+        if (!pad) continue;
+        float* to = padded_x_ + r * padded_;
+        std::copy_n(row, in_, to);
+        std::fill(to + in_, to + padded_, 0.0f);
+      }
+    });
+  }
+
+  void ComputePart(int p, int64_t first, int64_t last, int thread) {
+    const View& part = args_.parts[p];
+    const int64_t begin = first * width_[p];
+    const int64_t end = std::min(last * width_[p], part.shape[0]);
+    float* out = args_.out.as<float>() + column_begin_[p];
+    if (const FloatKernels* floats = FloatKernelsOf(kernels_, part.dtype)) {
+      ComputeFloat(*floats, part, begin, end, out, thread);
+    } else {
+      ComputeBlocks(*BlockKernelsOf(kernels_, part.dtype), part, begin, end, out, thread);
+    }
+  }
+
+  void ComputeFloat(const FloatKernels& kernels, const View& part, int64_t begin, int64_t end,
+                    float* out, int thread) {
+    FloatTile tile = {.x = x_,
+                      .x_stride = x_stride_,
+                      .rows = rows_,
+                      .weights = part.row(begin),
+                      .weight_stride = BytesOf(part.dtype, part.stride[0]),
+                      .columns = end - begin,
+                      .in = padded_,
+                      .out = out + begin,
+                      .out_stride = args_.out.stride[0]};
+    const bool widen = rows_ >= kRowsToWiden && part.dtype != DType::kF32;
+    if (!widen && padded_ == in_) {
+      kernels.multiply(tile);
+      return;
+    }
+    auto* wide = reinterpret_cast<float*>(
+        context_.Scratch(thread, kernels_.float_columns * padded_ * sizeof(float)));
+    for (int64_t c = begin; c < end; c += kernels_.float_columns) {
+      tile.columns = std::min<int64_t>(kernels_.float_columns, end - c);
+      for (int64_t i = 0; i < tile.columns; ++i) {
+        kernels.widen(part.row(c + i), in_, wide + i * padded_);
+        std::fill(wide + i * padded_ + in_, wide + (i + 1) * padded_, 0.0f);
+      }
+      tile.weights = reinterpret_cast<const std::byte*>(wide);
+      tile.weight_stride = padded_ * sizeof(float);
+      tile.out = out + c;
+      kernels_.f32.multiply(tile);
+    }
+  }
+
+  void ComputeBlocks(const BlockKernels& kernels, const View& part, int64_t begin, int64_t end,
+                     float* out, int thread) {
+    if (kernels.dot != nullptr && rows_ < kRowsToUnpack) {
+      DotBlocks(kernels, part, begin, end, out);
+      return;
+    }
+    Carver carver;
+    CarvePanel(carver, in_);
+    carver = {context_.Scratch(thread, carver.used), 0};
+    BlockTile tile = {.panel = CarvePanel(carver, in_),
+                      .x = quantised_,
+                      .rows = rows_,
+                      .in = in_,
+                      .columns = 0,
+                      .out = nullptr,
+                      .out_stride = args_.out.stride[0]};
+    const std::byte* outputs[kPanel];
+    for (int64_t c = begin; c < end; c += kPanel) {
+      for (int i = 0; i < kPanel; ++i) outputs[i] = part.row(std::min(c + i, end - 1));
+      kernels.unpack(outputs, in_, tile.panel);
+      tile.columns = std::min<int64_t>(kPanel, end - c);
+      tile.out = out + c;
+      kernels.multiply(tile);
+    }
+  }
+
+  void DotBlocks(const BlockKernels& kernels, const View& part, int64_t begin, int64_t end,
+                 float* out) {
+    BlockDot dot = {};
+    dot.in = in_;
+    for (int64_t c = begin; c < end; c += 8) {
+      for (int i = 0; i < 8; ++i) dot.weights[i] = part.row(std::min(c + i, end - 1));
+      dot.columns = std::min<int64_t>(8, end - c);
+      for (int64_t r = 0; r < rows_; ++r) {
+        dot.x = RowOf(quantised_, r, in_);
+        dot.out = out + r * args_.out.stride[0] + c;
+        kernels.dot(dot);
+      }
+    }
+  }
+
+  BackendContext& context_;
+  const MatMulArgs& args_;
+  const MatMulKernels& kernels_;
+  int64_t rows_, in_, padded_;
+  int64_t column_begin_[4] = {};  // first output column of each part
+  int64_t piece_begin_[4] = {};   // first piece of each part
+  int width_[3] = {};             // columns of a part's piece
+  QuantisedRows quantised_ = {};
+  float* padded_x_ = nullptr;
+  const float* x_ = nullptr;
+  int64_t x_stride_ = 0;
+};
+
+}  // namespace
+
+void MatMul(BackendContext& context, const MatMulArgs& args) { Product(context, args).Compute(); }
+
+}  // namespace longspan::cpu

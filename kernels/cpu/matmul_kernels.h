@@ -1,0 +1,107 @@
+#pragma once
+// The inner loops of MatMul, one table per instruction set. Every function computes a (row, output)
+// result by the same chain of operations whatever the number of rows, so that a row's bits never
+// depend on its neighbours.
+//
+// Float weights: lane l of a vector sums the products of elements i with i % lanes == l, in order,
+// with fused multiply-add; the lanes are then summed by a fixed tree. Block weights: activations
+// become int8 in groups of 32 with one fp32 scale each; each weight group's integer dot product is
+// exact, and groups are added in order in fp32.
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/cpu/simd.h"
+#include "kernels/dtype.h"
+
+namespace longspan::cpu {
+
+// Elements of x and of converted weights are padded with zeros to a multiple of this.
+inline constexpr int kFloatPadding = 16;
+// Outputs of one panel.
+inline constexpr int kPanel = 16;
+// Activations that share a scale.
+inline constexpr int kActivationGroup = 32;
+
+// One product's rows of x and columns of weights; result (r, c) goes to out[r * out_stride + c].
+struct FloatTile {
+  const float* x;
+  int64_t x_stride;
+  int64_t rows;
+  const std::byte* weights;
+  int64_t weight_stride;  // bytes
+  int64_t columns;
+  int64_t in;  // a multiple of kFloatPadding
+  float* out;
+  int64_t out_stride;
+};
+
+// Quantised rows of x. q = round(x / scale) of each group of 32, |q| <= 127. Arrays of consecutive
+// rows follow each other at in, in / 32, in / 16, … elements.
+struct QuantisedRows {
+  int8_t* q;          // [rows, in]
+  float* scale;       // [rows, in / 32]
+  float* sum16;       // [rows, in / 16] sums of q, exact
+  float* sum32;       // [rows, in / 32] sums of q, exact
+  float* scaled_sum;  // [rows, in / 32] scale * sum32
+};
+
+// kPanel outputs of a block matrix, unpacked: element i of output o is levels[i / 4][o][i % 4]; its
+// group's scale and min (formats that have one) are scales[i / kGroup][o] and mins[i / kGroup][o].
+struct Panel {
+  uint8_t* levels;
+  float* scales;
+  float* mins;
+};
+
+struct BlockTile {
+  Panel panel;
+  QuantisedRows x;
+  int64_t rows;
+  int64_t in;
+  int64_t columns;  // <= kPanel, of this panel
+  float* out;
+  int64_t out_stride;
+};
+
+// Up to 8 outputs straight from their blocks for one row of x.
+struct BlockDot {
+  const std::byte* weights[8];  // one output's blocks each; unused ones repeat the last
+  QuantisedRows x;
+  int64_t in;
+  int64_t columns;  // <= 8
+  float* out;
+};
+
+struct FloatKernels {
+  void (*multiply)(const FloatTile& tile);                             // straight from the weights
+  void (*widen)(const std::byte* weights, int64_t count, float* out);  // to F32, exact
+};
+
+struct BlockKernels {
+  void (*unpack)(const std::byte* const outputs[kPanel], int64_t in, const Panel& panel);
+  void (*multiply)(const BlockTile& tile);
+  void (*dot)(const BlockDot& dot);  // nullptr: none better than a panel
+};
+
+struct MatMulKernels {
+  FloatKernels f32, f16, bf16;
+  BlockKernels q8_0, q4_0, q5_0, q4_k, q5_k, q6_k;
+  void (*quantise)(const float* x, int64_t in, const QuantisedRows& row);
+  int float_columns;  // outputs that are converted together
+};
+
+extern const MatMulKernels kPortableMatMul;
+extern const MatMulKernels kAvx2MatMul;
+extern const MatMulKernels kAvx512MatMul;
+
+const MatMulKernels& MatMulKernelsOf(Simd simd);
+
+// The entry of a weight type; nullptr when it is not of that kind.
+const FloatKernels* FloatKernelsOf(const MatMulKernels& kernels, DType type);
+const BlockKernels* BlockKernelsOf(const MatMulKernels& kernels, DType type);
+
+// Activations whose largest magnitude is below this are quantised to zero: 127 / amax must be
+// finite.
+inline constexpr float kSmallestActivation = 1e-30f;
+
+}  // namespace longspan::cpu
