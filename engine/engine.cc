@@ -548,24 +548,28 @@ absl::Status Engine::Submit(Request request, EventSink sink) {
   if (!fits) {
     ++impl_->stats.refused_never_fits;
     const CacheDemand demand = DemandOf(impl_->cache->shape(), most);
-    return absl::ResourceExhaustedError(
-        absl::StrCat("can never fit: ", most, " tokens need ", demand.paged_pages, " paged + ",
-                     demand.ring_pages, " ring pages = ", demand.bytes, " bytes, the cache holds ",
-                     impl_->stats.cache.total_bytes));
+    return WithReason(absl::ResourceExhaustedError(absl::StrCat(
+                          "can never fit: ", most, " tokens need ", demand.paged_pages, " paged + ",
+                          demand.ring_pages, " ring pages = ", demand.bytes,
+                          " bytes, the cache holds ", impl_->stats.cache.total_bytes)),
+                      "NEVER_FITS");
   }
   const int64_t queued = impl_->stats.queued + static_cast<int64_t>(impl_->inbox.size());
   if (queued >= limits.max_queued_requests) {
     ++impl_->stats.refused_queue_full;
-    return absl::ResourceExhaustedError(absl::StrCat(
-        "queue is full: ", queued, " requests wait, the limit is ", limits.max_queued_requests));
+    return WithReason(absl::ResourceExhaustedError(absl::StrCat("queue is full: ", queued,
+                                                                " requests wait, the limit is ",
+                                                                limits.max_queued_requests)),
+                      "QUEUE_FULL");
   }
   const int64_t tokens = static_cast<int64_t>(request.prompt.size());
   const int64_t queued_tokens = impl_->stats.queued_tokens + impl_->inbox_tokens;
   if (queued_tokens + tokens > limits.max_queued_tokens) {
     ++impl_->stats.refused_queue_full;
-    return absl::ResourceExhaustedError(absl::StrCat("queue is full: ", queued_tokens,
-                                                     " tokens wait and the request has ", tokens,
-                                                     ", the limit is ", limits.max_queued_tokens));
+    return WithReason(absl::ResourceExhaustedError(absl::StrCat(
+                          "queue is full: ", queued_tokens, " tokens wait and the request has ",
+                          tokens, ", the limit is ", limits.max_queued_tokens)),
+                      "QUEUE_FULL");
   }
   if (!impl_->in_flight.insert(request.id).second) {
     return absl::AlreadyExistsError(absl::StrCat("request_id: ", request.id, " is in flight"));

@@ -8,10 +8,16 @@
 
 #include "absl/functional/any_invocable.h"
 #include "absl/status/status.h"
+#include "absl/strings/string_view.h"
 #include "absl/time/time.h"
 #include "kernels/span_record.h"
 
 namespace longspan {
+
+// Payload of an error status: a machine-readable reason, such as CONTEXT_LENGTH_EXCEEDED,
+// QUEUE_FULL or NEVER_FITS.
+inline constexpr char kErrorReason[] = "longspan/reason";
+absl::Status WithReason(absl::Status status, absl::string_view reason);
 
 struct SamplingParams {
   float temperature = 1;                              // 0: greedy

@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "absl/strings/cord.h"
 #include "absl/strings/str_cat.h"
 
 namespace longspan {
@@ -113,9 +114,10 @@ absl::Status ValidatePrompt(const Request& request, const RequestLimits& limits)
   }
   const int64_t wanted = static_cast<int64_t>(request.prompt.size()) + request.stopping.max_tokens;
   if (wanted > limits.max_context) {
-    return Bad("prompt", "has ", request.prompt.size(), " tokens and max_tokens is ",
-               request.stopping.max_tokens, ", ", wanted, " together; the context holds ",
-               limits.max_context);
+    return WithReason(Bad("prompt", "has ", request.prompt.size(), " tokens and max_tokens is ",
+                          request.stopping.max_tokens, ", ", wanted,
+                          " together; the context holds ", limits.max_context),
+                      "CONTEXT_LENGTH_EXCEEDED");
   }
   if (auto s = AtMost("probes", request.probes.size(), RequestLimits::kMaxProbes, "ranges");
       !s.ok()) {
@@ -132,6 +134,11 @@ absl::Status ValidatePrompt(const Request& request, const RequestLimits& limits)
 }
 
 }  // namespace
+
+absl::Status WithReason(absl::Status status, absl::string_view reason) {
+  status.SetPayload(kErrorReason, absl::Cord(reason));
+  return status;
+}
 
 absl::Status Validate(const Request& request, const RequestLimits& limits) {
   if (request.id.empty()) return Bad("request_id", "is empty");

@@ -1,1 +1,99 @@
-#include "engine/engine.h"
+#include "server/config.h"
+
+#include <filesystem>
+
+#include "absl/status/statusor.h"
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "server/flags.h"
+
+namespace longspan {
+
+std::optional<int> ReadConfig(int argc, char** argv, ServerConfig* config) {
+  ServerConfig& c = *config;
+  Flags flags(
+      "serve", "[flags]",
+      "Serves a hybrid language model over gRPC, with metrics over HTTP. Without --model it "
+      "serves the small default model that comes with Longspan.");
+  flags.Section("Model");
+  flags.String("model", &c.model, "PATH", "a Hugging Face directory or a .gguf file");
+  flags.Strings("model-name", &c.names, "NAME", "what clients call it; repeat for aliases");
+  flags.String("device", &c.device, "cpu|cuda:N", "where it runs");
+  flags.Int("threads", &c.threads, "CPU threads; 0 is one per usable core", 0, 1024);
+  flags.Choice("kv-dtype", &c.kv_dtype, {"bf16", "f32"}, "type of cached keys and values");
+  flags.Section("Addresses");
+  flags.String("grpc", &c.grpc, "HOST:PORT", "gRPC; port 0 picks a free one");
+  flags.String("http", &c.http, "HOST:PORT", "/metrics, /health, /version; empty turns it off");
+  flags.Section("Scheduling and memory");
+  flags.Int(
+      "max-batched-tokens", &c.max_batched_tokens,
+      "tokens of one step; more reads prompts faster and makes others' next tokens wait longer", 1,
+      65536);
+  flags.Int("max-running", &c.max_running, "sequences that hold cache at once", 1, 4096);
+  flags.Int("max-queued-requests", &c.max_queued_requests, "beyond it requests are refused", 1);
+  flags.Int64("max-queued-tokens", &c.max_queued_tokens, "the same, in prompt tokens", 1);
+  flags.Int("max-context", &c.max_context, "prompt and answer together; 0 is the model's", 0);
+  flags.Int("page-tokens", &c.page_tokens, "tokens of a cache page", 1, 1024);
+  flags.Bytes("cache-bytes", &c.cache_bytes,
+              "cache memory; 0 is 512M, or one whole context if more");
+  flags.Section("Attention spans");
+  flags.Choice("attention-metrics", &c.attention_metrics, {"off", "layer", "head"},
+               "what /metrics/attention shows; off computes nothing");
+  flags.Int("attention-sample-every", &c.attention_sample_every, "observe one decode step in N", 1);
+  flags.Choice("metrics-compat", &c.metrics_compat, {"vllm", "none"},
+               "also export the vllm: series that routers and autoscalers read");
+  flags.Section("Limits and ends");
+  flags.Bytes("max-message-bytes", &c.max_message_bytes, "largest gRPC message received");
+  flags.Bytes("max-prompt-bytes", &c.max_prompt_bytes, "largest prompt text");
+  flags.Int("max-concurrent-streams", &c.max_concurrent_streams, "calls on one connection", 1);
+  flags.Duration("stall-timeout", &c.stall_timeout,
+                 "a reader that takes nothing is cut off after it");
+  flags.Duration("withdrawal-grace", &c.withdrawal_grace,
+                 "after SIGTERM, time not ready before new requests are refused");
+  flags.Duration("shutdown-timeout", &c.shutdown_timeout,
+                 "after SIGTERM, time for accepted requests to finish");
+  flags.Epilogue(
+      "Examples:\n"
+      "  longspan serve\n"
+      "  longspan serve --model models/downloads/gemma-3-270m.gguf --threads 8 --cache-bytes 2G\n"
+      "  LONGSPAN_GRPC=0.0.0.0:50051 longspan serve");
+  if (auto exit = flags.Parse(argc, argv); exit.has_value()) return exit;
+  return std::nullopt;
+}
+
+absl::Status Validate(const ServerConfig& c) {
+  if (c.stall_timeout <= absl::ZeroDuration()) {
+    return absl::InvalidArgumentError("--stall-timeout must be more than 0");
+  }
+  if (c.max_message_bytes < 1 || c.max_message_bytes > INT32_MAX) {
+    return absl::InvalidArgumentError(absl::StrCat("--max-message-bytes is ", c.max_message_bytes,
+                                                   ", must be from 1 to ", INT32_MAX));
+  }
+  if (c.device != "cpu" && !absl::StartsWith(c.device, "cuda:")) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--device is '", c.device, "', must be cpu or cuda:N"));
+  }
+  if (c.cache_bytes < 0) return absl::InvalidArgumentError("--cache-bytes must not be negative");
+  return absl::OkStatus();
+}
+
+SpanLevel LevelOf(const ServerConfig& c) {
+  if (c.attention_metrics == "off") return SpanLevel::kOff;
+  return c.attention_metrics == "layer" ? SpanLevel::kLayer : SpanLevel::kHead;
+}
+
+absl::StatusOr<std::string> DefaultModelPath() {
+  std::error_code error;
+  const std::filesystem::path binary = std::filesystem::read_symlink("/proc/self/exe", error);
+  std::vector<std::string> looked;
+  for (const char* place : {"default", "../../models/default", "../share/longspan/default"}) {
+    const auto path = (binary.parent_path() / place).lexically_normal();
+    if (std::filesystem::exists(path / "config.json", error)) return path.string();
+    looked.push_back(path.string());
+  }
+  return absl::NotFoundError(
+      absl::StrCat("the default model is not at ", absl::StrJoin(looked, ", "), "; use --model"));
+}
+
+}  // namespace longspan

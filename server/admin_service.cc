@@ -1,0 +1,209 @@
+#include "server/admin_service.h"
+
+#include <grpcpp/alarm.h>
+
+#include <atomic>
+#include <chrono>
+
+#include "absl/strings/str_cat.h"
+#include "server/span_proto.h"
+#include "server/status.h"
+#include "server/version.h"
+
+namespace longspan {
+namespace {
+
+v1::Model Describe(const Frontend& f) {
+  const LoadedModel& loaded = f.engine.model();
+  const ModelSpec& spec = loaded.model->spec();
+  v1::Model model;
+  model.set_id(f.conversion.model_names.front());
+  for (size_t i = 1; i < f.conversion.model_names.size(); ++i) {
+    model.add_aliases(f.conversion.model_names[i]);
+  }
+  model.set_root(f.model_path);
+  model.set_architecture(spec.family);
+  model.set_max_model_len(f.conversion.max_context);
+  model.set_vocab_size(spec.vocab);
+  model.set_num_parameters(spec.parameters());
+  model.set_dtype(Info(spec.weight_dtype).name);
+  for (size_t l = 0; l < spec.layers.size(); ++l) {
+    v1::LayerInfo* layer = model.add_layers();
+    layer->set_layer(static_cast<uint32_t>(l));
+    layer->set_kind(KindOf(spec.layers[l]));
+    layer->set_window_tokens(WindowOf(spec.layers[l]));
+    if (const auto* a = std::get_if<AttentionSpec>(&spec.layers[l].mixer)) {
+      layer->set_num_heads(a->heads);
+      layer->set_num_kv_heads(a->kv_heads);
+      layer->set_head_dim(a->head_dim);
+    }
+  }
+  for (int eos : loaded.tokenizer->eos()) model.add_eos_token_ids(eos);
+  if (loaded.tokenizer->bos() >= 0) model.set_bos_token_id(loaded.tokenizer->bos());
+  model.set_tokenizer(loaded.tokenizer->kind());
+  model.set_has_chat_template(loaded.chat_template != nullptr);
+  return model;
+}
+
+class ModelServiceImpl final : public v1::ModelService::CallbackService {
+ public:
+  explicit ModelServiceImpl(const Frontend& frontend) : f_(frontend) {}
+
+  grpc::ServerUnaryReactor* GetModel(grpc::CallbackServerContext* context,
+                                     const v1::GetModelRequest* request,
+                                     v1::GetModelResponse* response) override {
+    const absl::Status status = CheckModel(request->id(), f_.conversion);
+    if (status.ok()) *response->mutable_model() = Describe(f_);
+    grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
+    reactor->Finish(ToGrpc(status, context));
+    return reactor;
+  }
+
+  // One model is served, so there is one page.
+  grpc::ServerUnaryReactor* ListModels(grpc::CallbackServerContext* context,
+                                       const v1::ListModelsRequest* request,
+                                       v1::ListModelsResponse* response) override {
+    absl::Status status;
+    if (!request->page_token().empty()) {
+      status = absl::InvalidArgumentError("page_token: is not one that was given out");
+    } else {
+      *response->add_items() = Describe(f_);
+    }
+    grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
+    reactor->Finish(ToGrpc(status, context));
+    return reactor;
+  }
+
+ private:
+  const Frontend& f_;
+};
+
+// Reports what remains, every 100 ms, until nothing does.
+class DrainCall : public grpc::ServerWriteReactor<v1::DrainResponse> {
+ public:
+  DrainCall(const Frontend& frontend, grpc::CallbackServerContext* context,
+            const v1::DrainRequest& request)
+      : frontend_(frontend), shutdown_(request.shutdown()) {
+    if (request.has_grace()) {
+      const absl::Duration grace =
+          absl::Seconds(request.grace().seconds()) + absl::Nanoseconds(request.grace().nanos());
+      if (grace < absl::ZeroDuration()) {
+        Finish(ToGrpc(absl::InvalidArgumentError(absl::StrCat(
+                          "grace: is ", absl::FormatDuration(grace), ", must not be negative")),
+                      context));
+        return;
+      }
+      until_ = absl::Now() + grace;
+    }
+    frontend_.engine.Drain();
+    Report();
+  }
+
+ private:
+  void Report() {
+    if (absl::Now() >= until_) {
+      frontend_.engine.CancelAll(absl::UnavailableError("the server was drained"));
+      until_ = absl::InfiniteFuture();
+    }
+    const EngineStats stats = frontend_.engine.Stats();
+    response_.set_running_requests(stats.running);
+    response_.set_queued_requests(stats.queued);
+    response_.set_done(frontend_.engine.Idle());
+    StartWrite(&response_);
+  }
+  void OnWriteDone(bool ok) override {
+    if (!ok) return Finish(grpc::Status::CANCELLED);
+    if (response_.done()) {
+      if (shutdown_) frontend_.request_shutdown();
+      return Finish(grpc::Status::OK);
+    }
+    alarm_.Set(std::chrono::system_clock::now() + std::chrono::milliseconds(100),
+               [this](bool fired) {
+                 if (!fired || cancelled_.load()) return Finish(grpc::Status::CANCELLED);
+                 Report();
+               });
+    if (cancelled_.load()) alarm_.Cancel();
+  }
+  void OnCancel() override {
+    cancelled_.store(true);
+    alarm_.Cancel();
+  }
+  void OnDone() override { delete this; }
+
+  const Frontend& frontend_;
+  const bool shutdown_;
+  absl::Time until_ = absl::InfiniteFuture();
+  v1::DrainResponse response_;
+  grpc::Alarm alarm_;
+  std::atomic<bool> cancelled_{false};
+};
+
+class AdminServiceImpl final : public v1::AdminService::CallbackService {
+ public:
+  explicit AdminServiceImpl(const Frontend& frontend) : f_(frontend) {}
+
+  grpc::ServerUnaryReactor* GetServerInfo(grpc::CallbackServerContext* context,
+                                          const v1::GetServerInfoRequest*,
+                                          v1::GetServerInfoResponse* response) override {
+    const EngineOptions& options = f_.engine.options();
+    response->set_version(kVersion);
+    response->set_git_commit(kGitCommit);
+    response->set_instance_id(f_.instance_id);
+    response->set_device(f_.device);
+    response->set_uptime_seconds(absl::ToInt64Seconds(absl::Now() - f_.started));
+    response->set_kv_block_size(options.page_tokens);
+    response->set_total_kv_blocks(TotalBlocks());
+    response->set_max_running_requests(options.limits.max_running);
+    response->set_max_batched_tokens(options.limits.max_batched_tokens);
+    response->set_max_queued_requests(options.limits.max_queued_requests);
+    return Done(context);
+  }
+
+  grpc::ServerUnaryReactor* GetLoad(grpc::CallbackServerContext* context, const v1::GetLoadRequest*,
+                                    v1::GetLoadResponse* response) override {
+    const EngineStats stats = f_.engine.Stats();
+    response->set_running_requests(stats.running);
+    response->set_queued_requests(stats.queued);
+    response->set_used_kv_blocks(stats.cache.paged_pages_used);
+    response->set_total_kv_blocks(TotalBlocks());
+    response->set_state(stats.draining ? v1::SERVING_STATE_DRAINING : v1::SERVING_STATE_SERVING);
+    response->set_used_cache_bytes(stats.cache.used_bytes);
+    response->set_total_cache_bytes(stats.cache.total_bytes);
+    return Done(context);
+  }
+
+  grpc::ServerWriteReactor<v1::DrainResponse>* Drain(grpc::CallbackServerContext* context,
+                                                     const v1::DrainRequest* request) override {
+    return new DrainCall(f_, context, *request);
+  }
+
+  grpc::ServerUnaryReactor* Resume(grpc::CallbackServerContext* context, const v1::ResumeRequest*,
+                                   v1::ResumeResponse*) override {
+    f_.engine.Resume();
+    return Done(context);
+  }
+
+ private:
+  uint64_t TotalBlocks() const {
+    const CacheUsage usage = f_.engine.Stats().cache;
+    return usage.paged_pages_used + usage.paged_pages_free;
+  }
+  static grpc::ServerUnaryReactor* Done(grpc::CallbackServerContext* context) {
+    grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
+    reactor->Finish(grpc::Status::OK);
+    return reactor;
+  }
+
+  const Frontend& f_;
+};
+
+}  // namespace
+
+std::unique_ptr<grpc::Service> MakeModelService(const Frontend& frontend) {
+  return std::make_unique<ModelServiceImpl>(frontend);
+}
+std::unique_ptr<grpc::Service> MakeAdminService(const Frontend& frontend) {
+  return std::make_unique<AdminServiceImpl>(frontend);
+}
+
+}  // namespace longspan

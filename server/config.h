@@ -1,0 +1,52 @@
+#pragma once
+// Everything that `serve` can be told, in one struct with its defaults and their reasons. Keys and
+// TLS will be fields here.
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "engine/engine.h"
+
+namespace longspan {
+
+struct ServerConfig {
+  std::string model;               // "": the default model
+  std::vector<std::string> names;  // of the served model; empty: what the checkpoint calls itself
+  std::string device = "cpu";      // or "cuda:N"
+  std::string grpc =
+      "127.0.0.1:50051";  // loopback: nobody else reaches a server that asks for no keys
+  std::string http = "127.0.0.1:8000";  // "": no HTTP
+  int threads = 0;                      // 0: one per core that the process may run on
+  std::string kv_dtype = "bf16";        // half of f32's memory; or "f32"
+  int max_batched_tokens = 512;  // a step: long enough to fill a core, short enough to decode
+  int max_running = 64;
+  int max_queued_requests = 1024;
+  int64_t max_queued_tokens = 8 << 20;
+  int max_context = 0;  // 0: the model's
+  int page_tokens = 16;
+  int64_t cache_bytes = 0;                           // 0: 512 MiB, or one context if that is more
+  std::string attention_metrics = "head";            // off | layer | head
+  int attention_sample_every = 16;                   // decode steps; 1 observes each
+  std::string metrics_compat = "vllm";               // or "none"
+  int64_t max_message_bytes = 64 << 20;              // a million packed token ids are 3-4 MB
+  int64_t max_prompt_bytes = 16 << 20;               // checked before tokenizing
+  int max_concurrent_streams = 1024;                 // of one connection
+  absl::Duration stall_timeout = absl::Seconds(30);  // of a reader that takes nothing
+  absl::Duration withdrawal_grace = absl::ZeroDuration();  // from "not ready" to refusing requests
+  absl::Duration shutdown_timeout = absl::Seconds(45);     // for accepted requests to finish
+};
+
+// Fills *config from flags and environment; the exit status if the process should end now.
+std::optional<int> ReadConfig(int argc, char** argv, ServerConfig* config);
+// InvalidArgument naming the flag.
+absl::Status Validate(const ServerConfig& config);
+SpanLevel LevelOf(const ServerConfig& config);
+
+// The shipped model: default/ beside the binary, ../../models/default (from a build folder) or
+// ../share/longspan/default (installed). NotFound lists where it looked.
+absl::StatusOr<std::string> DefaultModelPath();
+
+}  // namespace longspan

@@ -1,0 +1,74 @@
+#include "server/http_door.h"
+
+#include <civetweb.h>
+
+#include <cstring>
+
+#include "absl/strings/str_cat.h"
+
+namespace longspan {
+
+struct HttpDoor::Impl {
+  std::vector<Route> routes;
+  mg_context* context = nullptr;
+  int port = 0;
+
+  static int Handle(mg_connection* connection, void* data) {
+    const auto& self = *static_cast<Impl*>(data);
+    const mg_request_info* info = mg_get_request_info(connection);
+    const Page page = self.Answer(info->request_method, info->local_uri);
+    const bool head = std::strcmp(info->request_method, "HEAD") == 0;
+    const std::string header = absl::StrCat(
+        "HTTP/1.1 ", page.status, " ", mg_get_response_code_text(connection, page.status),
+        "\r\nContent-Type: ", page.content_type, "\r\nContent-Length: ", page.body.size(),
+        "\r\nCache-Control: no-store\r\nConnection: close\r\n\r\n");
+    mg_write(connection, header.data(), header.size());
+    if (!head) mg_write(connection, page.body.data(), page.body.size());
+    return page.status;
+  }
+
+  Page Answer(absl::string_view method, absl::string_view path) const {
+    for (const auto& [route, make] : routes) {
+      if (route != path) continue;
+      if (method != "GET" && method != "HEAD")
+        return {405, "text/plain; charset=utf-8", "GET only\n"};
+      return make();
+    }
+    return {404, "text/plain; charset=utf-8", "no such page\n"};
+  }
+};
+
+absl::StatusOr<std::unique_ptr<HttpDoor>> HttpDoor::Open(const std::string& address,
+                                                         std::vector<Route> routes) {
+  auto impl = std::make_unique<Impl>();
+  impl->routes = std::move(routes);
+  // Scrapers and probes only: eight at once are plenty, and a slow one holds a thread for 5 s at
+  // most.
+  const char* options[] = {"listening_ports",
+                           address.c_str(),
+                           "num_threads",
+                           "8",
+                           "request_timeout_ms",
+                           "5000",
+                           "max_request_size",
+                           "16384",
+                           "enable_directory_listing",
+                           "no",
+                           nullptr};
+  mg_callbacks callbacks = {};
+  callbacks.log_message = [](const mg_connection*, const char*) { return 1; };
+  impl->context = mg_start(&callbacks, nullptr, options);
+  if (impl->context == nullptr) {
+    return absl::UnavailableError(absl::StrCat("cannot listen for HTTP on ", address));
+  }
+  mg_set_request_handler(impl->context, "/", Impl::Handle, impl.get());
+  mg_server_port ports[4] = {};
+  if (mg_get_server_ports(impl->context, 4, ports) > 0) impl->port = ports[0].port;
+  return std::unique_ptr<HttpDoor>(new HttpDoor(std::move(impl)));
+}
+
+HttpDoor::HttpDoor(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+HttpDoor::~HttpDoor() { mg_stop(impl_->context); }
+int HttpDoor::port() const { return impl_->port; }
+
+}  // namespace longspan

@@ -1,0 +1,381 @@
+#include "server/inference_service.h"
+
+#include <atomic>
+#include <chrono>
+#include <deque>
+#include <memory>
+#include <string>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/synchronization/mutex.h"
+#include "server/completion.h"
+#include "server/status.h"
+
+namespace longspan {
+namespace {
+
+absl::Time DeadlineOf(const grpc::CallbackServerContext& context) {
+  const auto deadline = context.deadline();
+  // gRPC says "none" with a time far beyond any real one.
+  if (deadline > std::chrono::system_clock::now() + std::chrono::hours(24 * 365)) {
+    return absl::InfiniteFuture();
+  }
+  return absl::FromChrono(deadline);
+}
+
+const char* CodeName(const grpc::Status& status) {
+  static constexpr const char* kNames[] = {"OK",
+                                           "CANCELLED",
+                                           "UNKNOWN",
+                                           "INVALID_ARGUMENT",
+                                           "DEADLINE_EXCEEDED",
+                                           "NOT_FOUND",
+                                           "ALREADY_EXISTS",
+                                           "PERMISSION_DENIED",
+                                           "RESOURCE_EXHAUSTED",
+                                           "FAILED_PRECONDITION",
+                                           "ABORTED",
+                                           "OUT_OF_RANGE",
+                                           "UNIMPLEMENTED",
+                                           "INTERNAL",
+                                           "UNAVAILABLE",
+                                           "DATA_LOSS",
+                                           "UNAUTHENTICATED"};
+  const int code = status.error_code();
+  return code >= 0 && code < 17 ? kNames[code] : "UNKNOWN";
+}
+
+// Which message holds what, for a completion and for a chat.
+const v1::CompleteRequest& Base(const v1::CompleteRequest& r) { return r; }
+const v1::CompleteRequest& Base(const v1::ChatRequest& r) { return r.base(); }
+const v1::CompleteRequest& Inner(const v1::StreamCompleteRequest& r) { return r.request(); }
+const v1::ChatRequest& Inner(const v1::StreamChatRequest& r) { return r.request(); }
+v1::CompleteResponse* Base(v1::CompleteResponse* r) { return r; }
+v1::CompleteResponse* Base(v1::ChatResponse* r) { return r->mutable_base(); }
+void Wrap(v1::StreamCompleteResponse from, v1::StreamCompleteResponse* to) {
+  *to = std::move(from);
+}
+void Wrap(v1::StreamCompleteResponse from, v1::StreamChatResponse* to) {
+  *to->mutable_base() = std::move(from);
+  to->set_role("assistant");
+}
+void Complete(v1::CompleteResponse*) {}
+void Complete(v1::ChatResponse* response) {
+  for (const v1::Choice& choice : response->base().choices()) {
+    v1::ChatMessage* message = response->add_messages();
+    message->set_role("assistant");
+    message->set_content(choice.text());
+  }
+}
+
+// One unary call. Lives until both OnDone and the request's last event have come.
+template <class RequestMessage, class ResponseMessage>
+class UnaryCall : public grpc::ServerUnaryReactor {
+ public:
+  UnaryCall(const Frontend& frontend, const char* method, grpc::CallbackServerContext* context,
+            const RequestMessage& message, ResponseMessage* response)
+      : frontend_(frontend), method_(method), context_(context), response_(response) {
+    auto request = ToRequest(message, frontend.conversion);
+    if (!request.ok()) {
+      End(request.status());
+      return;
+    }
+    request->deadline = DeadlineOf(*context);
+    context->AddInitialMetadata("x-request-id", request->id);
+    id_ = request->id;
+    Base(response)->set_request_id(id_);
+    Base(response)->set_model(frontend.conversion.model_names.front());
+    Base(response)->set_created_unix_seconds(absl::ToUnixSeconds(absl::Now()));
+    builder_ = std::make_unique<CompletionBuilder>(frontend, Base(message), *request);
+    submitted_ = true;
+    const absl::Status status =
+        frontend.Submit(*std::move(request), [this](Event event) { OnEvent(std::move(event)); });
+    if (!status.ok()) {
+      submitted_ = false;
+      End(status);
+    }
+  }
+
+ private:
+  void OnEvent(Event event) {
+    builder_->Add(event, Base(response_));
+    if (event.kind == Event::Kind::kFinished) {
+      Complete(response_);
+      ended_.store(true);
+      End(event.status);
+    }
+  }
+  void End(const absl::Status& status) {
+    const grpc::Status answer = ToGrpc(status, context_);
+    frontend_.metrics.CountRpc(method_, CodeName(answer));
+    Finish(answer);
+  }
+  void OnCancel() override {
+    if (submitted_ && !ended_.load()) frontend_.engine.Cancel(id_);
+  }
+  void OnDone() override { delete this; }
+
+  const Frontend& frontend_;
+  const char* method_;
+  grpc::CallbackServerContext* context_;
+  ResponseMessage* response_;
+  std::string id_;
+  std::unique_ptr<CompletionBuilder> builder_;
+  std::atomic<bool> submitted_{false};
+  std::atomic<bool> ended_{false};
+};
+
+// One stream. At most one write is outstanding; what comes meanwhile waits, coalesced, in the
+// outbox.
+template <class RequestMessage, class ResponseMessage>
+class StreamCall : public grpc::ServerWriteReactor<ResponseMessage> {
+ public:
+  StreamCall(const Frontend& frontend, const char* method, grpc::CallbackServerContext* context,
+             const RequestMessage& message)
+      : frontend_(frontend), method_(method), context_(context) {
+    auto request = ToRequest(Inner(message), frontend.conversion);
+    if (!request.ok()) {
+      Refuse(request.status());
+      return;
+    }
+    request->deadline = DeadlineOf(*context);
+    context->AddInitialMetadata("x-request-id", request->id);
+    id_ = request->id;
+    builder_ = std::make_unique<StreamBuilder>(frontend, Base(Inner(message)), *request,
+                                               message.include_usage());
+    stream_ = frontend.watchdog.Add([this] { OnStall(); });
+    submitted_ = true;
+    const absl::Status status =
+        frontend.Submit(*std::move(request), [this](Event event) { OnEvent(std::move(event)); });
+    if (!status.ok()) {
+      submitted_ = false;
+      Refuse(status);
+    }
+  }
+
+ private:
+  // What is to be done once the lock is released: the last of these may delete the call.
+  enum class Action { kNone, kWrite, kFinish };
+
+  void Refuse(const absl::Status& status) {
+    Action action;
+    {
+      absl::MutexLock lock(&mu_);
+      ended_ = true;
+      status_ = status;
+      action = Next();
+    }
+    Do(action);
+  }
+
+  void OnEvent(Event event) {
+    Action action;
+    {
+      absl::MutexLock lock(&mu_);
+      builder_->Add(event, &outbox_);
+      if (event.kind == Event::Kind::kFinished) {
+        ended_ = true;
+        status_ = event.status;
+        if (!status_.ok()) outbox_.clear();
+      }
+      action = Next();
+    }
+    Do(action);
+  }
+
+  void OnWriteDone(bool ok) override {
+    frontend_.watchdog.WriteEnded(stream_);
+    Action action;
+    {
+      absl::MutexLock lock(&mu_);
+      writing_ = false;
+      if (!ok) broken_ = true;
+      action = Next();
+    }
+    Do(action);
+  }
+
+  // The next write or, when all is written and the request has ended, the end; each exactly once.
+  Action Next() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
+    if (writing_ || finished_) return Action::kNone;
+    if (!outbox_.empty() && !broken_) {
+      Wrap(std::move(outbox_.front()), &current_);
+      outbox_.pop_front();
+      writing_ = true;
+      return Action::kWrite;
+    }
+    if (!ended_) return Action::kNone;
+    finished_ = true;
+    return Action::kFinish;
+  }
+
+  // Not under the lock: from StartWrite and Finish on, gRPC may call back and delete this.
+  void Do(Action action) ABSL_NO_THREAD_SAFETY_ANALYSIS {
+    switch (action) {
+      case Action::kNone:
+        return;
+      case Action::kWrite:
+        frontend_.watchdog.WriteBegan(stream_);
+        this->StartWrite(&current_);
+        return;
+      case Action::kFinish: {
+        const grpc::Status answer =
+            ToGrpc(stalled_.load() ? absl::ResourceExhaustedError(absl::StrCat(
+                                         "the reader took nothing for ",
+                                         absl::FormatDuration(frontend_.watchdog.timeout())))
+                                   : status_,
+                   context_);
+        frontend_.metrics.CountRpc(method_, CodeName(answer));
+        this->Finish(answer);
+        return;
+      }
+    }
+  }
+
+  // The write will not complete by itself: the transport is told to drop the call, which frees it.
+  void OnStall() {
+    stalled_.store(true);
+    frontend_.engine.Cancel(id_);
+    context_->TryCancel();
+  }
+  void OnCancel() override {
+    if (submitted_) frontend_.engine.Cancel(id_);
+  }
+  void OnDone() override {
+    if (stream_ != 0) frontend_.watchdog.Remove(stream_);
+    delete this;
+  }
+
+  const Frontend& frontend_;
+  const char* method_;
+  grpc::CallbackServerContext* context_;
+  std::string id_;
+  std::unique_ptr<StreamBuilder> builder_;
+  uint64_t stream_ = 0;
+  std::atomic<bool> submitted_{false};
+  std::atomic<bool> stalled_{false};
+  absl::Mutex mu_;
+  std::deque<v1::StreamCompleteResponse> outbox_ ABSL_GUARDED_BY(mu_);
+  ResponseMessage current_;  // belongs to the outstanding write
+  bool writing_ ABSL_GUARDED_BY(mu_) = false;
+  bool broken_ ABSL_GUARDED_BY(mu_) = false;
+  bool ended_ ABSL_GUARDED_BY(mu_) = false;
+  bool finished_ ABSL_GUARDED_BY(mu_) = false;
+  absl::Status status_ ABSL_GUARDED_BY(mu_);
+};
+
+class InferenceServiceImpl final : public v1::InferenceService::CallbackService {
+ public:
+  explicit InferenceServiceImpl(const Frontend& frontend) : f_(frontend) {}
+
+  grpc::ServerUnaryReactor* Complete(grpc::CallbackServerContext* context,
+                                     const v1::CompleteRequest* request,
+                                     v1::CompleteResponse* response) override {
+    return new UnaryCall<v1::CompleteRequest, v1::CompleteResponse>(f_, "Complete", context,
+                                                                    *request, response);
+  }
+  grpc::ServerUnaryReactor* Chat(grpc::CallbackServerContext* context,
+                                 const v1::ChatRequest* request,
+                                 v1::ChatResponse* response) override {
+    return new UnaryCall<v1::ChatRequest, v1::ChatResponse>(f_, "Chat", context, *request,
+                                                            response);
+  }
+  grpc::ServerWriteReactor<v1::StreamCompleteResponse>* StreamComplete(
+      grpc::CallbackServerContext* context, const v1::StreamCompleteRequest* request) override {
+    return new StreamCall<v1::StreamCompleteRequest, v1::StreamCompleteResponse>(
+        f_, "StreamComplete", context, *request);
+  }
+  grpc::ServerWriteReactor<v1::StreamChatResponse>* StreamChat(
+      grpc::CallbackServerContext* context, const v1::StreamChatRequest* request) override {
+    return new StreamCall<v1::StreamChatRequest, v1::StreamChatResponse>(f_, "StreamChat", context,
+                                                                         *request);
+  }
+
+  grpc::ServerUnaryReactor* Tokenize(grpc::CallbackServerContext* context,
+                                     const v1::TokenizeRequest* request,
+                                     v1::TokenizeResponse* response) override {
+    return Answer(context, "Tokenize", [&]() -> absl::Status {
+      if (absl::Status s = CheckModel(request->model(), f_.conversion); !s.ok()) return s;
+      std::vector<int32_t> ids;
+      switch (request->input_case()) {
+        case v1::TokenizeRequest::kText: {
+          if (request->text().size() > f_.conversion.max_prompt_bytes) {
+            return absl::InvalidArgumentError(absl::StrCat("text: has ", request->text().size(),
+                                                           " bytes, the limit is ",
+                                                           f_.conversion.max_prompt_bytes));
+          }
+          Tokenizer::EncodeOptions options;
+          if (request->has_add_special_tokens()) options.add_bos = request->add_special_tokens();
+          ids = f_.conversion.tokenizer->Encode(request->text(), options);
+          break;
+        }
+        case v1::TokenizeRequest::kChat: {
+          auto rendered = RenderChat(request->chat(), f_.conversion);
+          if (!rendered.ok()) return rendered.status();
+          ids = *std::move(rendered);
+          break;
+        }
+        case v1::TokenizeRequest::INPUT_NOT_SET:
+          return absl::InvalidArgumentError("input: neither text nor chat is set");
+      }
+      response->mutable_token_ids()->Add(ids.begin(), ids.end());
+      if (request->return_pieces()) {
+        for (int32_t id : ids) response->add_pieces(f_.conversion.tokenizer->Piece(id));
+      }
+      response->set_max_model_len(f_.conversion.max_context);
+      return absl::OkStatus();
+    });
+  }
+
+  grpc::ServerUnaryReactor* Detokenize(grpc::CallbackServerContext* context,
+                                       const v1::DetokenizeRequest* request,
+                                       v1::DetokenizeResponse* response) override {
+    return Answer(context, "Detokenize", [&]() -> absl::Status {
+      if (absl::Status s = CheckModel(request->model(), f_.conversion); !s.ok()) return s;
+      const Tokenizer& tokenizer = *f_.conversion.tokenizer;
+      std::vector<int32_t> ids;
+      for (uint32_t id : request->token_ids()) {
+        if (id >= static_cast<uint32_t>(tokenizer.vocab_size())) {
+          return absl::InvalidArgumentError(absl::StrCat(
+              "token_ids: token id ", id, " is not in the vocabulary of ", tokenizer.vocab_size()));
+        }
+        ids.push_back(static_cast<int32_t>(id));
+      }
+      response->set_text(tokenizer.Decode(ids, request->skip_special_tokens()));
+      return absl::OkStatus();
+    });
+  }
+
+  grpc::ServerUnaryReactor* Abort(grpc::CallbackServerContext* context,
+                                  const v1::AbortRequest* request,
+                                  v1::AbortResponse* response) override {
+    return Answer(context, "Abort", [&]() -> absl::Status {
+      for (const std::string& id : request->request_ids()) {
+        if (f_.engine.Cancel(id)) response->add_aborted_request_ids(id);
+      }
+      return absl::OkStatus();
+    });
+  }
+
+ private:
+  template <class Body>
+  grpc::ServerUnaryReactor* Answer(grpc::CallbackServerContext* context, const char* method,
+                                   const Body& body) {
+    grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
+    const grpc::Status status = ToGrpc(body(), context);
+    f_.metrics.CountRpc(method, CodeName(status));
+    reactor->Finish(status);
+    return reactor;
+  }
+
+  const Frontend& f_;
+};
+
+}  // namespace
+
+std::unique_ptr<grpc::Service> MakeInferenceService(const Frontend& frontend) {
+  return std::make_unique<InferenceServiceImpl>(frontend);
+}
+
+}  // namespace longspan

@@ -1,0 +1,242 @@
+#include "server/metric_page.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "absl/strings/str_format.h"
+#include "engine/engine.h"
+#include "server/span_proto.h"
+
+namespace longspan {
+
+prometheus::ClientMetric& MetricPage::Add(const std::string& name, const std::string& help,
+                                          prometheus::MetricType type, const Labels& labels) {
+  if (families_.empty() || families_.back().name != name) {
+    auto known = std::find_if(families_.begin(), families_.end(),
+                              [&](const auto& family) { return family.name == name; });
+    if (known == families_.end()) {
+      families_.push_back({name, help, type, {}});
+    } else {
+      std::rotate(known, known + 1, families_.end());
+    }
+  }
+  prometheus::ClientMetric& metric = families_.back().metric.emplace_back();
+  for (const auto& [key, value] : labels) metric.label.push_back({key, value});
+  return metric;
+}
+
+void MetricPage::Counter(const std::string& name, const std::string& help, double value,
+                         const Labels& labels) {
+  Add(name, help, prometheus::MetricType::Counter, labels).counter.value = value;
+}
+
+void MetricPage::Gauge(const std::string& name, const std::string& help, double value,
+                       const Labels& labels) {
+  Add(name, help, prometheus::MetricType::Gauge, labels).gauge.value = value;
+}
+
+void MetricPage::Histogram(const std::string& name, const std::string& help,
+                           const std::vector<double>& bounds, const std::vector<double>& counts,
+                           double sum, const Labels& labels) {
+  auto& histogram = Add(name, help, prometheus::MetricType::Histogram, labels).histogram;
+  double cumulative = 0;
+  for (size_t i = 0; i < bounds.size(); ++i) {
+    cumulative += counts[i];
+    histogram.bucket.push_back({static_cast<uint64_t>(std::llround(cumulative)), bounds[i]});
+  }
+  histogram.sample_count = static_cast<uint64_t>(std::llround(cumulative));
+  histogram.sample_sum = sum;
+}
+
+void AddEngineSeries(const Engine& engine, const Backend& backend, const std::string& model_name,
+                     bool vllm_aliases, MetricPage& page) {
+  const EngineStats s = engine.Stats();
+  const CacheShape shape = engine.cache_shape();
+  const ModelSpec& spec = engine.model().model->spec();
+  const double usage =
+      s.cache.total_bytes > 0 ? static_cast<double>(s.cache.used_bytes) / s.cache.total_bytes : 0;
+
+  page.Gauge("longspan_requests_running", "Sequences that hold cache.", s.running);
+  page.Gauge("longspan_requests_waiting", "Sequences that wait for cache.", s.queued);
+  page.Gauge("longspan_tokens_waiting", "Prompt tokens of the sequences that wait.",
+             s.queued_tokens);
+  page.Gauge("longspan_draining", "1 while new requests are refused.", s.draining ? 1 : 0);
+  page.Gauge("longspan_kv_cache_usage_ratio",
+             "Share of the cache arena that holds referenced pages.", usage);
+  page.Gauge("longspan_kv_cache_bytes", "Bytes of the cache arena by state.", s.cache.used_bytes,
+             {{"state", "used"}});
+  page.Gauge("longspan_kv_cache_bytes", "", s.cache.total_bytes - s.cache.used_bytes,
+             {{"state", "free"}});
+  const struct {
+    const char* kind;
+    int64_t used, free, page_bytes;
+  } kinds[] = {
+      {"paged", s.cache.paged_pages_used, s.cache.paged_pages_free, shape.paged_page_bytes},
+      {"ring", s.cache.ring_pages_used, s.cache.ring_pages_free, shape.ring_page_bytes}};
+  for (const auto& k : kinds) {
+    page.Gauge("longspan_kv_blocks", "Cache pages by kind and state; free counts free superblocks.",
+               k.used, {{"kind", k.kind}, {"state", "used"}});
+    page.Gauge("longspan_kv_blocks", "", k.free, {{"kind", k.kind}, {"state", "free"}});
+  }
+  for (const auto& k : kinds) {
+    page.Gauge("longspan_kv_used_bytes", "Bytes of referenced pages by cache kind.",
+               static_cast<double>(k.used * k.page_bytes), {{"kind", k.kind}});
+  }
+  page.Counter("longspan_prompt_tokens_total", "Prompt tokens by where their keys came from.",
+               s.prompt_tokens, {{"source", "computed"}});
+  page.Counter("longspan_generation_tokens_total", "Tokens generated.", s.generation_tokens);
+  const struct {
+    const char* outcome;
+    uint64_t count;
+  } outcomes[] = {{"stop", s.finished_stop},
+                  {"length", s.finished_length},
+                  {"cancelled", s.cancelled},
+                  {"deadline_exceeded", s.deadline_exceeded},
+                  {"failed", s.failed}};
+  for (const auto& o : outcomes) {
+    page.Counter("longspan_requests_total", "Requests and choices that ended, by outcome.", o.count,
+                 {{"outcome", o.outcome}});
+  }
+  page.Counter("longspan_refusals_total", "Requests refused at submission, by reason.",
+               s.refused_never_fits, {{"reason", "never_fits"}});
+  page.Counter("longspan_refusals_total", "", s.refused_queue_full, {{"reason", "queue_full"}});
+  page.Counter("longspan_preemptions_total", "Sequences whose cache was taken back.",
+               s.preemptions);
+  page.Counter("longspan_steps_total", "Forward passes.", s.steps);
+  page.Counter("longspan_step_rows_total", "Token rows of all forward passes.", s.step_rows);
+  for (int op = 0; op < kOpCount; ++op) {
+    const OpTotals& t = backend.Profile(static_cast<OpId>(op));
+    page.Counter("longspan_op_calls_total", "Calls of an op.", t.calls,
+                 {{"op", OpName(static_cast<OpId>(op))}});
+  }
+  for (int op = 0; op < kOpCount; ++op) {
+    const OpTotals& t = backend.Profile(static_cast<OpId>(op));
+    page.Counter("longspan_op_seconds_total", "Time in an op.", t.nanoseconds * 1e-9,
+                 {{"op", OpName(static_cast<OpId>(op))}});
+  }
+  for (int op = 0; op < kOpCount; ++op) {
+    const OpTotals& t = backend.Profile(static_cast<OpId>(op));
+    page.Counter("longspan_op_bytes_total", "Bytes that an op had to move.", t.bytes,
+                 {{"op", OpName(static_cast<OpId>(op))}});
+  }
+  for (int op = 0; op < kOpCount; ++op) {
+    const OpTotals& t = backend.Profile(static_cast<OpId>(op));
+    page.Counter("longspan_op_flops_total", "Floating-point operations of an op.", t.flops,
+                 {{"op", OpName(static_cast<OpId>(op))}});
+  }
+  page.Gauge("longspan_model_info", "1; the model's name and shape are in the labels.", 1,
+             {{"model", model_name},
+              {"family", spec.family},
+              {"layers", std::to_string(spec.layers.size())},
+              {"window", std::to_string(spec.window())},
+              {"max_context", std::to_string(engine.options().max_context)}});
+  if (!vllm_aliases) return;
+  const MetricPage::Labels model = {{"model_name", model_name}, {"engine", "0"}};
+  const int64_t blocks = s.cache.paged_pages_used + s.cache.paged_pages_free;
+  page.Gauge("vllm:num_requests_running", "As longspan_requests_running.", s.running, model);
+  page.Gauge("vllm:num_requests_waiting", "As longspan_requests_waiting.", s.queued, model);
+  page.Gauge("vllm:kv_cache_usage_perc", "As longspan_kv_cache_usage_ratio.", usage, model);
+  page.Gauge("vllm:cache_config_info", "1; block size and count are in the labels.", 1,
+             {{"block_size", std::to_string(shape.page_tokens)},
+              {"num_gpu_blocks", std::to_string(blocks)},
+              {"engine", "0"}});
+}
+
+namespace {
+
+// One family: a sum over observed queries.
+struct AttentionSeries {
+  const char* name;
+  const char* help;
+  double HeadSums::*field;
+};
+constexpr AttentionSeries kAttentionSeries[] = {
+    {"observed_queries_total", "Decode queries observed; the denominator of the sums.",
+     &HeadSums::queries},
+    {"far_mass_total", "Attention mass beyond the model's window, sinks excluded.",
+     &HeadSums::far_mass},
+    {"sink_mass_total", "Attention mass on the first 4 tokens, where the window is past them.",
+     &HeadSums::sink_mass},
+    {"sink_observed_queries_total", "Queries that sink mass was summed over.",
+     &HeadSums::sink_queries},
+    {"span_tokens_total", "Mean attention distance in tokens, sinks excluded.",
+     &HeadSums::distance},
+    {"entropy_normalized_total", "Attention entropy over ln of the context.", &HeadSums::entropy},
+    {"top1_probability_total", "Largest attention probability.", &HeadSums::top_probability},
+    {"copy_hits_total", "Generated tokens that equal the far token attended to most.",
+     &HeadSums::copy_hits},
+};
+
+std::string Padded(int value, int count) {
+  return absl::StrFormat("%0*d", count > 100 ? 3 : 2, value);
+}
+
+}  // namespace
+
+void AddAttentionSeries(const Engine& engine, bool per_head, MetricPage& page) {
+  const ModelSpec& spec = engine.model().model->spec();
+  const SpanSnapshot snapshot = engine.spans().Snapshot();
+  const SpanSums& sums = snapshot.sums;
+  const std::string prefix = per_head ? "longspan_attention_" : "longspan_attention_layer_";
+  for (const AttentionSeries& series : kAttentionSeries) {
+    for (int l = 0; l < sums.layers; ++l) {
+      const auto* attention = std::get_if<AttentionSpec>(&spec.layers[l].mixer);
+      if (attention == nullptr) continue;
+      MetricPage::Labels labels = {{"layer", Padded(l, sums.layers)},
+                                   {"kind", KindName(spec.layers[l])}};
+      double layer_sum = 0;
+      for (int h = 0; h < attention->heads; ++h) layer_sum += sums.at(l, h).*series.field;
+      if (!per_head) {
+        page.Counter(prefix + series.name, std::string(series.help) + " Summed over heads.",
+                     layer_sum, labels);
+        continue;
+      }
+      labels.emplace_back("head", "");
+      for (int h = 0; h < attention->heads; ++h) {
+        labels.back().second = Padded(h, sums.heads);
+        page.Counter(prefix + series.name, series.help, sums.at(l, h).*series.field, labels);
+      }
+    }
+  }
+  if (per_head) {
+    for (int l = 0; l < sums.layers; ++l) {
+      const auto* attention = std::get_if<AttentionSpec>(&spec.layers[l].mixer);
+      if (attention == nullptr) continue;
+      for (int h = 0; h < attention->heads; ++h) {
+        const HeadSums& s = sums.at(l, h);
+        page.Gauge("longspan_attention_head_span_tokens",
+                   "Mean attention distance since start or reset, sinks excluded.",
+                   s.queries > 0 ? s.distance / s.queries : 0,
+                   {{"layer", Padded(l, sums.layers)},
+                    {"kind", KindName(spec.layers[l])},
+                    {"head", Padded(h, sums.heads)}});
+      }
+    }
+  } else {
+    // Where a layer's mass lies, as a histogram over distance in units of 1/1000 of a query's mass.
+    std::vector<double> bounds;
+    for (int b = 0; b + 1 < kDistanceBuckets; ++b) bounds.push_back(std::ldexp(1.0, b) - 1);
+    bounds.push_back(std::numeric_limits<double>::infinity());
+    for (int l = 0; l < sums.layers; ++l) {
+      const auto* attention = std::get_if<AttentionSpec>(&spec.layers[l].mixer);
+      if (attention == nullptr) continue;
+      std::vector<double> counts(kDistanceBuckets);
+      double distance = 0;
+      for (int h = 0; h < attention->heads; ++h) {
+        for (int b = 0; b < kDistanceBuckets; ++b) {
+          counts[b] += 1000 * sums.at(l, h).mass_by_distance[b];
+        }
+        distance += 1000 * sums.at(l, h).distance;
+      }
+      page.Histogram("longspan_attention_layer_mass_by_distance_tokens",
+                     "Attention mass by distance, in thousandths of a query's mass over all heads.",
+                     bounds, counts, distance,
+                     {{"layer", Padded(l, sums.layers)}, {"kind", KindName(spec.layers[l])}});
+    }
+    page.Counter("longspan_attention_sampled_steps_total", "Decode steps that were observed.",
+                 snapshot.sampled_steps);
+  }
+}
+
+}  // namespace longspan

@@ -1,0 +1,163 @@
+#include "server/metrics.h"
+
+#include <prometheus/gauge.h>
+#include <prometheus/text_serializer.h>
+
+#include <sstream>
+
+#include "absl/container/flat_hash_map.h"
+#include "absl/strings/str_format.h"
+#include "absl/time/clock.h"
+#include "server/metric_page.h"
+#include "server/version.h"
+
+namespace longspan {
+namespace {
+
+using prometheus::Histogram;
+
+// vLLM's buckets, so that its dashboards and alerts read the same.
+const Histogram::BucketBoundaries kFirstToken = {.001, .005, .01, .02, .04, .06, .08, .1,
+                                                 .25,  .5,   .75, 1,   2.5, 5,   7.5, 10,
+                                                 20,   40,   80,  160, 640, 2560};
+// vLLM's, and three below for models that decode in under a hundredth of a second.
+const Histogram::BucketBoundaries kInterToken = {.001, .0025, .005, .01, .025, .05, .075, .1,
+                                                 .15,  .2,    .3,   .4,  .5,   .75, 1,    2.5,
+                                                 5,    7.5,   10,   20,  40,   80};
+const Histogram::BucketBoundaries kLatency = {.3, .5, .8, 1,  1.5, 2,   2.5, 5,   10,   15,  20,
+                                              30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680};
+const Histogram::BucketBoundaries kTokens = {1,   2,    5,    10,   20,    50,    100,   200,
+                                             500, 1000, 2000, 5000, 10000, 20000, 50000, 100000};
+const Histogram::BucketBoundaries kStep = {.0005, .001, .0025, .005, .01, .025,
+                                           .05,   .1,   .25,   .5,   1,   2.5};
+
+Histogram& Make(prometheus::Registry& registry, const char* name, const char* help,
+                const Histogram::BucketBoundaries& buckets,
+                const std::map<std::string, std::string>& labels = {}) {
+  return prometheus::BuildHistogram().Name(name).Help(help).Register(registry).Add(labels, buckets);
+}
+
+std::string Serialize(std::vector<prometheus::MetricFamily> families) {
+  std::ostringstream out;
+  prometheus::TextSerializer().Serialize(out, families);
+  return out.str();
+}
+
+}  // namespace
+
+struct Metrics::Latencies {
+  explicit Latencies(prometheus::Registry& r)
+      : first_token(Make(r, "longspan_time_to_first_token_seconds", "Submission to first token.",
+                         kFirstToken)),
+        inter_token(Make(r, "longspan_inter_token_latency_seconds",
+                         "Between two tokens of one choice.", kInterToken)),
+        duration(Make(r, "longspan_request_duration_seconds", "Submission to end.", kLatency)),
+        queue(Make(r, "longspan_request_queue_seconds", "Submission to first step.", kLatency)),
+        prefill(
+            Make(r, "longspan_request_prefill_seconds", "First step to first token.", kLatency)),
+        decode(Make(r, "longspan_request_decode_seconds", "First token to last.", kLatency)),
+        prompt_tokens(
+            Make(r, "longspan_request_prompt_tokens", "Prompt tokens of a request.", kTokens)),
+        generation_tokens(Make(r, "longspan_request_generation_tokens",
+                               "Tokens generated for a request, all choices.", kTokens)),
+        batch_tokens(Make(r, "longspan_batch_tokens", "Token rows of a step.", kTokens)),
+        step_prefill(Make(r, "longspan_step_seconds", "Time of a step that reads a prompt.", kStep,
+                          {{"phase", "prefill"}})),
+        step_decode(prometheus::BuildHistogram()
+                        .Name("longspan_step_seconds")
+                        .Help("Time of a step that reads a prompt.")
+                        .Register(r)
+                        .Add({{"phase", "decode"}}, kStep)) {}
+
+  Histogram &first_token, &inter_token, &duration, &queue, &prefill, &decode, &prompt_tokens,
+      &generation_tokens, &batch_tokens, &step_prefill, &step_decode;
+};
+
+Metrics::Metrics(std::string model_name, bool vllm_aliases)
+    : rpcs_(prometheus::BuildCounter()
+                .Name("longspan_rpc_handled_total")
+                .Help("Calls answered, by method and status code.")
+                .Register(registry_)),
+      needle_(prometheus::BuildGauge()
+                  .Name("longspan_needle_score_ratio")
+                  .Help("Score of the last needle run's cell.")
+                  .Register(registry_)),
+      latencies_(std::make_shared<Latencies>(registry_)),
+      model_name_(std::move(model_name)),
+      vllm_aliases_(vllm_aliases) {
+  prometheus::BuildGauge()
+      .Name("longspan_build_info")
+      .Help("1; version and commit are in the labels.")
+      .Register(registry_)
+      .Add({{"version", kVersion}, {"commit", kGitCommit}})
+      .Set(1);
+}
+
+EventSink Metrics::Observe(EventSink sink) {
+  struct State {
+    absl::flat_hash_map<int, absl::Time> last;
+    absl::Time begin = absl::Now();
+  };
+  return [latencies = latencies_, state = State(), sink = std::move(sink)](Event event) mutable {
+    const absl::Time now = absl::Now();
+    if (event.kind == Event::Kind::kDelta && !event.tokens.empty()) {
+      const auto [it, first] = state.last.try_emplace(event.index, now);
+      if (!first) latencies->inter_token.Observe(absl::ToDoubleSeconds(now - it->second));
+      it->second = now;
+    } else if (event.kind == Event::Kind::kFinished && event.status.ok()) {
+      latencies->first_token.Observe(absl::ToDoubleSeconds(event.timings.time_to_first_token));
+      latencies->queue.Observe(absl::ToDoubleSeconds(event.timings.queued));
+      latencies->prefill.Observe(absl::ToDoubleSeconds(event.timings.prefill));
+      latencies->decode.Observe(absl::ToDoubleSeconds(event.timings.decode));
+      latencies->duration.Observe(absl::ToDoubleSeconds(now - state.begin));
+      latencies->prompt_tokens.Observe(event.prompt_tokens);
+      latencies->generation_tokens.Observe(event.completion_tokens);
+    }
+    sink(std::move(event));
+  };
+}
+
+void Metrics::OnStep(const StepReport& report) {
+  latencies_->batch_tokens.Observe(report.prefill_tokens + report.decode_tokens);
+  (report.prefill_tokens > 0 ? latencies_->step_prefill : latencies_->step_decode)
+      .Observe(absl::ToDoubleSeconds(report.duration));
+}
+
+void Metrics::CountRpc(const std::string& method, const std::string& code) {
+  rpcs_.Add({{"method", method}, {"code", code}}).Increment();
+}
+
+void Metrics::SetNeedleScore(int context_length, double depth_percent, double score) {
+  needle_
+      .Add({{"context_length", std::to_string(context_length)},
+            {"depth", absl::StrFormat("%g", depth_percent)}})
+      .Set(score);
+}
+
+void Metrics::Attach(const Engine* engine, const Backend* backend, SpanLevel level) {
+  backend_ = backend;
+  level_ = level;
+  engine_.store(engine, std::memory_order_release);
+}
+
+std::string Metrics::Page() const {
+  MetricPage page;
+  if (const Engine* engine = engine_.load(std::memory_order_acquire); engine != nullptr) {
+    AddEngineSeries(*engine, *backend_, model_name_, vllm_aliases_, page);
+    if (level_ != SpanLevel::kOff) AddAttentionSeries(*engine, /*per_head=*/false, page);
+  }
+  std::vector<prometheus::MetricFamily> families = registry_.Collect();
+  for (auto& family : page.Take()) families.push_back(std::move(family));
+  return Serialize(std::move(families));
+}
+
+std::string Metrics::AttentionPage() const {
+  MetricPage page;
+  if (const Engine* engine = engine_.load(std::memory_order_acquire);
+      engine != nullptr && level_ == SpanLevel::kHead) {
+    AddAttentionSeries(*engine, /*per_head=*/true, page);
+  }
+  return Serialize(page.Take());
+}
+
+}  // namespace longspan

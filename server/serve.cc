@@ -1,0 +1,79 @@
+#include "server/serve.h"
+
+#include <poll.h>
+#include <signal.h>
+#include <sys/signalfd.h>
+#include <unistd.h>
+
+#include <iostream>
+#include <thread>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "server/server.h"
+
+namespace longspan {
+namespace {
+
+void Log(absl::string_view message) {
+  std::cerr << absl::StrCat(
+      absl::FormatTime("%Y-%m-%dT%H:%M:%E3SZ", absl::Now(), absl::UTCTimeZone()), " ", message,
+      "\n");
+}
+
+// SIGTERM and SIGINT as readable bytes: blocked in every thread, read here.
+class Signals {
+ public:
+  Signals() {
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, SIGTERM);
+    sigaddset(&set, SIGINT);
+    pthread_sigmask(SIG_BLOCK, &set, nullptr);
+    fd_ = signalfd(-1, &set, SFD_CLOEXEC);
+    signal(SIGPIPE, SIG_IGN);
+  }
+  ~Signals() { close(fd_); }
+  // Waits for the next one.
+  std::string Next() const {
+    signalfd_siginfo info = {};
+    while (read(fd_, &info, sizeof info) != static_cast<ssize_t>(sizeof info)) {
+    }
+    return info.ssi_signo == SIGINT ? "SIGINT" : "SIGTERM";
+  }
+
+ private:
+  int fd_;
+};
+
+}  // namespace
+
+int RunServe(int argc, char** argv) {
+  ServerConfig config;
+  if (auto exit = ReadConfig(argc, argv, &config); exit.has_value()) return *exit;
+  const Signals signals;  // before any thread, so that all inherit the mask
+  const absl::Time begin = absl::Now();
+  auto server = Server::Start(config, [] { kill(getpid(), SIGTERM); });
+  if (!server.ok()) {
+    std::cerr << "longspan serve: " << server.status().message() << "\n";
+    return absl::IsInvalidArgument(server.status()) ? 2 : 1;
+  }
+  Log(absl::StrCat("ready in ",
+                   absl::FormatDuration(absl::Trunc(absl::Now() - begin, absl::Milliseconds(1))),
+                   ", ", (*server)->Summary()));
+
+  Log(absl::StrCat(signals.Next(), ": draining; a second signal quits at once"));
+  std::thread([&signals] {
+    signals.Next();
+    Log("second signal: quitting");
+    _exit(130);
+  }).detach();
+  const int aborted = (*server)->DrainAndStop();
+  server->reset();
+  Log(aborted == 0 ? "drained" : absl::StrCat("stopped; ", aborted, " requests were aborted"));
+  std::cerr.flush();
+  // Not return: the detached thread still waits on `signals`.
+  _exit(0);
+}
+
+}  // namespace longspan

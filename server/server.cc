@@ -1,0 +1,224 @@
+#include "server/server.h"
+
+#include <grpcpp/ext/proto_server_reflection_plugin.h>
+#include <grpcpp/grpcpp.h>
+#include <grpcpp/health_check_service_interface.h>
+
+#include <filesystem>
+#include <vector>
+
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/strip.h"
+#include "absl/time/clock.h"
+#include "server/admin_service.h"
+#include "server/attention_service.h"
+#include "server/frontend.h"
+#include "server/http_door.h"
+#include "server/inference_service.h"
+#include "server/needle_service.h"
+#include "server/version.h"
+
+namespace longspan {
+namespace {
+
+constexpr char kReadyService[] = "longspan.v1.InferenceService";
+
+absl::StatusOr<std::unique_ptr<Backend>> OpenBackend(const ServerConfig& config) {
+  if (config.device == "cpu") return Backend::Cpu({.threads = config.threads});
+  int device = 0;
+  absl::string_view number = absl::StripPrefix(config.device, "cuda:");
+  if (!absl::SimpleAtoi(number, &device) || device < 0) {
+    return absl::InvalidArgumentError(absl::StrCat("--device is '", config.device, "'"));
+  }
+  std::string why;
+  auto backend = Backend::Cuda(device, &why);
+  if (backend == nullptr) return absl::UnavailableError(absl::StrCat(config.device, ": ", why));
+  return backend;
+}
+
+}  // namespace
+
+struct Server::Impl {
+  ServerConfig config;
+  std::unique_ptr<Backend> backend;
+  LoadedModel model;
+  std::unique_ptr<Metrics> metrics;
+  std::unique_ptr<Engine> engine;
+  std::unique_ptr<StallWatchdog> watchdog;
+  std::unique_ptr<Frontend> frontend;
+  std::vector<std::unique_ptr<grpc::Service>> services;
+  std::unique_ptr<grpc::Server> grpc;
+  std::unique_ptr<HttpDoor> http;
+  int grpc_port = 0;
+  std::atomic<bool> ready{false};
+
+  absl::Status Load();
+  absl::Status Listen(std::function<void()> request_shutdown);
+  std::vector<HttpDoor::Route> Routes();
+  void SetReady(bool value) {
+    ready = value;
+    if (auto* health = grpc->GetHealthCheckService())
+      health->SetServingStatus(kReadyService, value);
+  }
+};
+
+absl::Status Server::Impl::Load() {
+  if (config.model.empty()) {
+    auto path = DefaultModelPath();
+    if (!path.ok()) return path.status();
+    config.model = *path;
+  }
+  auto opened = OpenBackend(config);
+  if (!opened.ok()) return opened.status();
+  backend = *std::move(opened);
+
+  ModelOptions options;
+  options.max_rows = config.max_batched_tokens;
+  options.max_logit_rows = std::max(options.max_logit_rows, config.max_running);
+  options.cache_dtype = config.kv_dtype == "f32" ? DType::kF32 : DType::kBF16;
+  auto loaded = LoadModel(config.model, *backend, options);
+  if (!loaded.ok()) return loaded.status();
+  model = *std::move(loaded);
+  if (config.names.empty()) config.names = {model.model->spec().name};
+
+  EngineOptions engine_options;
+  engine_options.limits.max_batched_tokens = config.max_batched_tokens;
+  engine_options.limits.max_running = config.max_running;
+  engine_options.limits.max_queued_requests = config.max_queued_requests;
+  engine_options.limits.max_queued_tokens = config.max_queued_tokens;
+  engine_options.cache_bytes = config.cache_bytes;
+  engine_options.page_tokens = config.page_tokens;
+  engine_options.max_context = config.max_context;
+  engine_options.spans = LevelOf(config);
+  engine_options.span_every = config.attention_sample_every;
+  metrics = std::make_unique<Metrics>(config.names.front(), config.metrics_compat == "vllm");
+  auto made = Engine::Create(&model, *backend, engine_options,
+                             [m = metrics.get()](const StepReport& report) { m->OnStep(report); });
+  if (!made.ok()) return made.status();
+  engine = *std::move(made);
+  metrics->Attach(engine.get(), backend.get(), engine_options.spans);
+  return absl::OkStatus();
+}
+
+absl::Status Server::Impl::Listen(std::function<void()> request_shutdown) {
+  watchdog = std::make_unique<StallWatchdog>(config.stall_timeout);
+  ConversionContext conversion;
+  conversion.tokenizer = model.tokenizer.get();
+  conversion.chat_template = model.chat_template.get();
+  conversion.spec = &model.model->spec();
+  conversion.max_context = engine->options().max_context;
+  conversion.model_names = config.names;
+  conversion.max_prompt_bytes = config.max_prompt_bytes;
+  frontend.reset(new Frontend{*engine, *metrics, *watchdog, std::move(conversion), backend->name(),
+                              config.model, std::move(request_shutdown)});
+
+  grpc::EnableDefaultHealthCheckService(true);
+  grpc::reflection::InitProtoReflectionServerBuilderPlugin();
+  grpc::ServerBuilder builder;
+  builder.AddListeningPort(config.grpc, grpc::InsecureServerCredentials(), &grpc_port);
+  builder.SetMaxReceiveMessageSize(static_cast<int>(config.max_message_bytes));
+  builder.SetMaxSendMessageSize(-1);
+  builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, config.max_concurrent_streams);
+  builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
+  // Without these a client that pings every 30 s is sent away (ENHANCE_YOUR_CALM).
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
+  builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, 10000);
+  services.push_back(MakeInferenceService(*frontend));
+  services.push_back(MakeAttentionService(*frontend));
+  services.push_back(MakeNeedleService(*frontend));
+  services.push_back(MakeModelService(*frontend));
+  services.push_back(MakeAdminService(*frontend));
+  for (const auto& service : services) builder.RegisterService(service.get());
+  grpc = builder.BuildAndStart();
+  if (grpc == nullptr || grpc_port == 0) {
+    return absl::UnavailableError(absl::StrCat("cannot listen for gRPC on ", config.grpc));
+  }
+  if (!config.http.empty()) {
+    auto opened = HttpDoor::Open(config.http, Routes());
+    if (!opened.ok()) return opened.status();
+    http = *std::move(opened);
+  }
+  SetReady(true);
+  return absl::OkStatus();
+}
+
+std::vector<HttpDoor::Route> Server::Impl::Routes() {
+  constexpr char kExposition[] = "text/plain; version=0.0.4; charset=utf-8";
+  return {
+      {"/metrics",
+       [this] {
+         return HttpDoor::Page{200, kExposition, metrics->Page()};
+       }},
+      {"/metrics/attention",
+       [this] {
+         return HttpDoor::Page{200, kExposition, metrics->AttentionPage()};
+       }},
+      {"/health",
+       [this] {
+         const bool up = ready && !engine->Stats().draining;
+         return HttpDoor::Page{up ? 200 : 503, "text/plain; charset=utf-8",
+                               up ? "ready\n" : "draining\n"};
+       }},
+      {"/version",
+       [] {
+         return HttpDoor::Page{
+             200, "application/json",
+             absl::StrCat("{\"version\":\"", kVersion, "\",\"commit\":\"", kGitCommit, "\"}\n")};
+       }},
+  };
+}
+
+absl::StatusOr<std::unique_ptr<Server>> Server::Start(const ServerConfig& config,
+                                                      std::function<void()> request_shutdown) {
+  if (absl::Status valid = Validate(config); !valid.ok()) return valid;
+  auto impl = std::make_unique<Impl>();
+  impl->config = config;
+  if (absl::Status loaded = impl->Load(); !loaded.ok()) return loaded;
+  std::unique_ptr<Server> server(new Server(std::move(impl)));
+  if (absl::Status up = server->impl_->Listen(std::move(request_shutdown)); !up.ok()) return up;
+  return server;
+}
+
+Server::Server(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+
+Server::~Server() {
+  impl_->http.reset();
+  if (impl_->grpc != nullptr) {
+    if (impl_->engine != nullptr) {
+      impl_->engine->CancelAll(absl::UnavailableError("the server is shutting down"));
+    }
+    impl_->grpc->Shutdown(std::chrono::system_clock::now() + std::chrono::seconds(2));
+    impl_->grpc->Wait();
+  }
+  impl_->services.clear();
+  impl_->engine.reset();  // before the metrics and the model that its thread uses
+}
+
+int Server::grpc_port() const { return impl_->grpc_port; }
+int Server::http_port() const { return impl_->http != nullptr ? impl_->http->port() : 0; }
+Engine& Server::engine() { return *impl_->engine; }
+
+std::string Server::Summary() const {
+  const ModelSpec& spec = impl_->model.model->spec();
+  return absl::StrCat("serving ", impl_->config.names.front(), " (", spec.family, ", ",
+                      spec.layers.size(), " layers, context ", impl_->engine->options().max_context,
+                      ") on ", impl_->backend->name(), ": gRPC port ", grpc_port(), ", HTTP port ",
+                      http_port());
+}
+
+int Server::DrainAndStop() {
+  impl_->SetReady(false);
+  absl::SleepFor(impl_->config.withdrawal_grace);
+  impl_->engine->Drain();
+  int aborted = 0;
+  if (!impl_->engine->WaitIdle(impl_->config.shutdown_timeout)) {
+    const EngineStats stats = impl_->engine->Stats();
+    aborted = stats.running + stats.queued;
+    impl_->engine->CancelAll(absl::UnavailableError("the server is shutting down"));
+    impl_->engine->WaitIdle(absl::Seconds(5));
+  }
+  return aborted;
+}
+
+}  // namespace longspan

@@ -1,0 +1,69 @@
+#include "server/status.h"
+
+#include <string>
+
+#include "absl/strings/ascii.h"
+#include "absl/strings/str_cat.h"
+#include "engine/request.h"
+#include "google/rpc/error_details.pb.h"
+
+namespace longspan {
+namespace {
+
+constexpr int kRetryMilliseconds = 500;  // a queue that is full moves within a few steps
+
+// The field that an InvalidArgument message begins with; empty if it begins with none.
+std::string FieldOf(absl::string_view message) {
+  const size_t colon = message.find(':');
+  if (colon == absl::string_view::npos || colon == 0) return "";
+  for (char c : message.substr(0, colon)) {
+    if (!absl::ascii_islower(c) && !absl::ascii_isdigit(c) && c != '_' && c != '.') return "";
+  }
+  return std::string(message.substr(0, colon));
+}
+
+bool QueueFull(const absl::Status& status) {
+  const auto reason = status.GetPayload(kErrorReason);
+  return reason.has_value() && *reason == "QUEUE_FULL";
+}
+
+}  // namespace
+
+grpc::Status ToGrpc(const absl::Status& status) {
+  if (status.ok()) return grpc::Status::OK;
+  const std::string message(status.message());
+  google::rpc::Status details;
+  details.set_code(static_cast<int>(status.code()));
+  details.set_message(message);
+  if (absl::IsInvalidArgument(status)) {
+    if (const std::string field = FieldOf(message); !field.empty()) {
+      google::rpc::BadRequest bad;
+      auto* violation = bad.add_field_violations();
+      violation->set_field(field);
+      violation->set_description(message.substr(field.size() + 2));
+      details.add_details()->PackFrom(bad);
+    }
+  }
+  if (const auto reason = status.GetPayload(kErrorReason); reason.has_value()) {
+    google::rpc::ErrorInfo info;
+    info.set_reason(std::string(*reason));
+    info.set_domain("longspan");
+    details.add_details()->PackFrom(info);
+  }
+  if (QueueFull(status)) {
+    google::rpc::RetryInfo retry;
+    retry.mutable_retry_delay()->set_nanos(kRetryMilliseconds * 1'000'000);
+    details.add_details()->PackFrom(retry);
+  }
+  return grpc::Status(static_cast<grpc::StatusCode>(status.code()), message,
+                      details.SerializeAsString());
+}
+
+grpc::Status ToGrpc(const absl::Status& status, grpc::CallbackServerContext* context) {
+  if (QueueFull(status)) {
+    context->AddTrailingMetadata("grpc-retry-pushback-ms", absl::StrCat(kRetryMilliseconds));
+  }
+  return ToGrpc(status);
+}
+
+}  // namespace longspan

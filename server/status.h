@@ -1,0 +1,14 @@
+#pragma once
+// absl::Status to grpc::Status with google.rpc details: BadRequest for a field ("sampling.top_p: is
+// 2, …"), ErrorInfo for a reason (kErrorReason payload), RetryInfo for a full queue.
+#include <grpcpp/grpcpp.h>
+
+#include "absl/status/status.h"
+
+namespace longspan {
+
+grpc::Status ToGrpc(const absl::Status& status);
+// Also sets the trailer grpc-retry-pushback-ms where the client should come again.
+grpc::Status ToGrpc(const absl::Status& status, grpc::CallbackServerContext* context);
+
+}  // namespace longspan
