@@ -1,0 +1,48 @@
+// longspan describe MODEL: layers, caches and bytes of a checkpoint, before anything is allocated.
+#include <iostream>
+
+#include "kernels/backend.h"
+#include "models/checkpoint.h"
+#include "models/family.h"
+#include "server/cli.h"
+#include "server/config.h"
+#include "server/flags.h"
+
+namespace longspan {
+
+int RunDescribe(int argc, char** argv) {
+  int64_t context = 0;
+  std::string kv_dtype = "bf16";
+  Flags flags(
+      "describe", "[flags] [MODEL]",
+      "Shows each layer of a checkpoint (a directory or .gguf), its cache and the bytes it takes. "
+      "Without MODEL: the default model.");
+  flags.Int64("context", &context, "count bytes for this many tokens; 0 is the model's context", 0);
+  flags.Choice("kv-dtype", &kv_dtype, {"bf16", "f32"}, "type of cached keys and values");
+  flags.Epilogue("Example:\n  longspan describe models/downloads/gemma-3-270m.gguf --context 32k");
+  std::vector<std::string> paths;
+  if (auto exit = flags.Parse(argc, argv, &paths); exit.has_value()) return *exit;
+  if (paths.size() > 1) {
+    std::cerr << "longspan describe: one MODEL, please\n";
+    return 2;
+  }
+  if (paths.empty()) {
+    auto path = DefaultModelPath();
+    if (!path.ok()) {
+      std::cerr << "longspan describe: " << path.status().message() << "\n";
+      return 1;
+    }
+    paths.push_back(*path);
+  }
+  auto spec = ReadSpecAt(paths[0]);
+  if (!spec.ok()) {
+    std::cerr << "longspan describe: " << spec.status().message() << "\n";
+    return 1;
+  }
+  const auto backend = Backend::Cpu({.threads = 1});
+  std::cout << Describe(*spec, backend->ops(), kv_dtype == "f32" ? DType::kF32 : DType::kBF16,
+                        context > 0 ? context : spec->max_context);
+  return MissingFor(*spec, backend->ops()).empty() ? 0 : 1;
+}
+
+}  // namespace longspan
