@@ -1,8 +1,8 @@
 #pragma once
-// Named tensors in mapped files: a Hugging Face directory of *.safetensors, or one GGUF file. Files are
-// hostile: every size is multiplied with overflow checks before it is used, nothing is read outside the
-// file, and each refusal names the file, the tensor or key, and both numbers.
-// Immutable after opening; lookups are safe from any thread. Views live as long as the Checkpoint.
+// Named tensors in mapped files: a Hugging Face directory of *.safetensors, or one GGUF file. Files
+// are hostile: every size is multiplied with overflow checks before it is used, nothing is read
+// outside the file, and each refusal names the file, the tensor or key, and both numbers. Immutable
+// after opening; lookups are safe from any thread. Views live as long as the Checkpoint.
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -21,9 +21,9 @@ namespace longspan {
 struct TensorInfo {
   std::string name;
   DType dtype = DType::kF32;
-  std::vector<int64_t> shape;            // outermost first, as PyTorch has it (GGUF's order reversed)
-  absl::Span<const std::byte> data;      // exactly shape × dtype bytes, inside the mapping
-  std::string file;                      // for messages
+  std::vector<int64_t> shape;        // outermost first, as PyTorch has it (GGUF's order reversed)
+  absl::Span<const std::byte> data;  // exactly shape × dtype bytes, inside the mapping
+  std::string file;                  // for messages
 };
 
 // GGUF metadata value; arrays keep their element type.
@@ -45,8 +45,8 @@ class Checkpoint {
   const TensorInfo* Find(absl::string_view name) const;  // nullptr when absent
   const absl::flat_hash_map<std::string, TensorInfo>& tensors() const { return tensors_; }
 
-  // Text of config.json / generation_config.json / tokenizer_config.json …; empty when absent or GGUF.
-  // Size-bounded (16 MiB); only plain basenames inside the directory.
+  // Text of config.json / generation_config.json / tokenizer_config.json …; empty when absent or
+  // GGUF. Size-bounded (16 MiB); only plain basenames inside the directory.
   virtual absl::StatusOr<std::string> ReadSideFile(absl::string_view basename) const = 0;
   virtual const GgufMetadata& gguf() const = 0;  // empty for safetensors
 
