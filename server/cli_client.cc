@@ -11,6 +11,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "google/rpc/error_details.pb.h"
+#include "server/status.h"
 
 namespace longspan::cli {
 
@@ -25,26 +26,9 @@ std::shared_ptr<grpc::Channel> Connect(const std::string& server) {
 }
 
 int Fail(const char* command, const grpc::Status& status) {
-  static constexpr const char* kNames[] = {"OK",
-                                           "CANCELLED",
-                                           "UNKNOWN",
-                                           "INVALID_ARGUMENT",
-                                           "DEADLINE_EXCEEDED",
-                                           "NOT_FOUND",
-                                           "ALREADY_EXISTS",
-                                           "PERMISSION_DENIED",
-                                           "RESOURCE_EXHAUSTED",
-                                           "FAILED_PRECONDITION",
-                                           "ABORTED",
-                                           "OUT_OF_RANGE",
-                                           "UNIMPLEMENTED",
-                                           "INTERNAL",
-                                           "UNAVAILABLE",
-                                           "DATA_LOSS",
-                                           "UNAUTHENTICATED"};
   const int code = status.error_code();
-  std::cerr << "longspan " << command << ": " << (code >= 0 && code < 17 ? kNames[code] : "?")
-            << ": " << status.error_message() << "\n";
+  std::cerr << "longspan " << command << ": " << CodeName(status) << ": " << status.error_message()
+            << "\n";
   google::rpc::Status details;
   if (details.ParseFromString(status.error_details())) {
     for (const auto& any : details.details()) {

@@ -83,17 +83,35 @@ SpanLevel LevelOf(const ServerConfig& c) {
   return c.attention_metrics == "layer" ? SpanLevel::kLayer : SpanLevel::kHead;
 }
 
-absl::StatusOr<std::string> DefaultModelPath() {
+namespace {
+
+// `folder`, which holds `file`, among the places where what is shipped may lie.
+absl::StatusOr<std::string> FindShipped(const char* folder, const char* file) {
   std::error_code error;
   const std::filesystem::path binary = std::filesystem::read_symlink("/proc/self/exe", error);
   std::vector<std::string> looked;
-  for (const char* place : {"default", "../../models/default", "../share/longspan/default"}) {
-    const auto path = (binary.parent_path() / place).lexically_normal();
-    if (std::filesystem::exists(path / "config.json", error)) return path.string();
+  for (const char* place : {".", "../../models", "../share/longspan"}) {
+    const auto path = (binary.parent_path() / place / folder).lexically_normal();
+    if (std::filesystem::exists(path / file, error)) return path.string();
     looked.push_back(path.string());
   }
+  return absl::NotFoundError(absl::StrJoin(looked, ", "));
+}
+
+}  // namespace
+
+absl::StatusOr<std::string> DefaultModelPath() {
+  auto path = FindShipped("default", "config.json");
+  if (path.ok()) return path;
   return absl::NotFoundError(
-      absl::StrCat("the default model is not at ", absl::StrJoin(looked, ", "), "; use --model"));
+      absl::StrCat("the default model is not at ", path.status().message(), "; use --model"));
+}
+
+absl::StatusOr<std::string> HaystackPath() {
+  auto path = FindShipped("haystack", "essay.txt");
+  if (path.ok()) return *path + "/essay.txt";
+  return absl::NotFoundError(absl::StrCat("the essay haystack is not at ", path.status().message(),
+                                          "; use noise, or send a text"));
 }
 
 }  // namespace longspan

@@ -48,5 +48,7 @@ SpanLevel LevelOf(const ServerConfig& config);
 // The shipped model: default/ beside the binary, ../../models/default (from a build folder) or
 // ../share/longspan/default (installed). NotFound lists where it looked.
 absl::StatusOr<std::string> DefaultModelPath();
+// The shipped haystack text, essay.txt in haystack/ at the same places.
+absl::StatusOr<std::string> HaystackPath();
 
 }  // namespace longspan

@@ -10,5 +10,6 @@ namespace longspan {
 grpc::Status ToGrpc(const absl::Status& status);
 // Also sets the trailer grpc-retry-pushback-ms where the client should come again.
 grpc::Status ToGrpc(const absl::Status& status, grpc::CallbackServerContext* context);
+const char* CodeName(const grpc::Status& status);  // "NOT_FOUND"
 
 }  // namespace longspan

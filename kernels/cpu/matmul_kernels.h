@@ -92,8 +92,7 @@ struct MatMulKernels {
 
 extern const MatMulKernels kPortableMatMul;
 extern const MatMulKernels kAvx2MatMul;
-// The AVX2 table with the entries that AVX-512 does better.
-MatMulKernels Avx512MatMul(MatMulKernels kernels);
+extern const MatMulKernels kAvx512MatMul;
 
 const MatMulKernels& MatMulKernelsOf(Simd simd);
 
