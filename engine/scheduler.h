@@ -1,17 +1,30 @@
 #pragma once
-// The decision of one step, as a pure function of (queues, cache numbers, time): no device, no lock, no
-// clock, no randomness. Tested as a table. Engine thread only.
+// What runs in the next step: a pure function of queues, cache numbers and time. No device, no lock, no
+// clock: same calls, same batches. Engine thread only.
 //
-// Rules: one ragged step under a token budget. Running sequences that need one token (decode) come
-// first; prefill chunks take what is left of the budget, but at least `min_prefill_tokens` of it are
-// kept for them so that neither starves the other. Higher priority first, then earlier arrival. When
-// pages run out the youngest sequence of the lowest priority is preempted: its pages are freed and it
-// is queued again to be recomputed (prompt ++ output so far), ahead of its priority's later arrivals.
+// Rules. One ragged step under a token budget. Running sequences that need one token (decode) come
+// first; prefill chunks take what is left of the budget, but at least `min_prefill_tokens` of it (never
+// more than half the budget) are kept for them so that neither starves the other. Decodes that a small
+// budget leaves out come first in the next step.
+//
+// Precedence: higher priority first, then earlier arrival. The queue is served strictly in that order:
+// what does not fit is waited for, never overtaken. A sequence is admitted when the cache could hold
+// all its tokens and all those of the running ones, with a page of growth each; for a higher priority,
+// running sequences of lower priority give way.
+//
+// When pages run out the youngest sequence of the lowest priority is preempted: its pages are freed and
+// it is queued again to be recomputed (prompt ++ output so far), ahead of its priority's later arrivals.
+// A sequence only ever displaces those behind it in precedence, which never changes. So the first in
+// precedence always advances, alone in the cache if it must, and finishes; then the next is first: no
+// two can displace each other in turn, and within a priority nothing waits for ever.
 #include <cstdint>
-#include <deque>
+#include <memory>
 #include <optional>
+#include <set>
+#include <utility>
 #include <vector>
 
+#include "absl/container/flat_hash_map.h"
 #include "absl/status/status.h"
 #include "absl/time/time.h"
 #include "engine/kv_cache.h"
@@ -46,37 +59,74 @@ struct BatchItem {
   int count = 0;
 };
 
+// To be applied in this order: close the caches of expired and preempted, open those of admitted,
+// reserve and compute items. No ticket is in two of the first three lists.
 struct Batch {
-  std::vector<BatchItem> items;
-  std::vector<Ticket> admitted;      // from queue to running, before the step
+  std::vector<Ticket> expired;       // deadline passed: forgotten; to be failed, cache freed
   std::vector<Ticket> preempted;     // cache to be freed before the step
-  std::vector<Ticket> expired;       // deadline passed: to be failed, cache freed
+  std::vector<Ticket> admitted;      // from queue to running, before the step
+  std::vector<BatchItem> items;      // in precedence order; a ticket at most once
   int tokens() const;
-};
-
-// The cache numbers that a decision needs; arithmetic on DemandOf, no pages touched.
-struct CacheNumbers {
-  CacheShape shape;
-  int64_t superblock_bytes = 0;
-  int superblocks = 0;
 };
 
 class Scheduler {
  public:
   Scheduler(const SchedulerLimits& limits, const CacheNumbers& cache);
 
-  // Queues a sequence. InvalidArgument-free: checks only capacity. ResourceExhausted with the numbers
-  // when it can never fit ("never") or a queue limit is reached ("queue").
+  // Queues a sequence (computed and running are taken as 0 and false). Checks only capacity:
+  // ResourceExhausted with the numbers when it "can never fit" or when the "queue is full".
   absl::Status Add(const SequenceState& sequence);
+  // The next step. KvCache::Reserve grants every item of it, provided that the cache was created with
+  // the same numbers, holds only these sequences, and each has just its computed tokens. Has items
+  // whenever a sequence is queued or running that still needs tokens.
   Batch Next(absl::Time now);
-  // After the step: `computed` positions are cached; `appended` tokens were sampled (0 or 1).
+  // After the step: `item`'s positions are cached; `appended` tokens were sampled (0 or 1). Ignored for
+  // a ticket that was removed meanwhile.
   void Commit(const BatchItem& item, int appended);
-  void Remove(Ticket ticket);        // finished or cancelled
+  void Remove(Ticket ticket);        // finished or cancelled; nothing if unknown
 
-  int running() const;
-  int queued() const;
-  int64_t queued_tokens() const;
+  int running() const { return static_cast<int>(running_.size()); }
+  int queued() const { return static_cast<int>(queue_.size()); }
+  int64_t queued_tokens() const { return queued_tokens_; }
   bool idle() const { return running() == 0 && queued() == 0; }
   std::optional<SequenceState> Find(Ticket ticket) const;
+
+ private:
+  struct Entry : SequenceState {
+    uint64_t considered = 0;         // the last step in which it had its turn
+    int64_t needed() const { return tokens - computed; }
+  };
+  struct Precedes {
+    bool operator()(const Entry* a, const Entry* b) const;
+  };
+  struct Candidate {
+    Entry* entry;
+    int count;
+  };
+
+  void Expire(absl::Time now, Batch* batch);
+  void Admit(Batch* batch);
+  int PrefillBudgetAheadOf(const Entry& waiting) const;
+  int SequencesToDisplaceFor(const Entry& waiting) const;
+  std::vector<Candidate> SpendBudget() const;
+  void FitIntoCache(const std::vector<Candidate>& candidates, Batch* batch);
+  int FittingTokens(const Entry& entry, int wanted, const CacheDemand& others) const;
+
+  int DecodeBudget(bool prefill_waits) const;
+  CacheDemand GrownDemand(const Entry& entry) const;
+  void Enqueue(Entry* entry);
+  void Start(Entry* entry);
+  void Preempt(Entry* entry, Batch* batch);
+  void Forget(Entry* entry);
+
+  const SchedulerLimits limits_;
+  const CacheNumbers cache_;
+  absl::flat_hash_map<Ticket, std::unique_ptr<Entry>> entries_;
+  std::set<Entry*, Precedes> queue_;
+  std::vector<Entry*> running_;      // in precedence order
+  std::set<std::pair<absl::Time, Ticket>> deadlines_;  // the finite ones
+  int64_t queued_tokens_ = 0;
+  uint64_t step_ = 0;
 };
+
 }  // namespace longspan

@@ -11,7 +11,18 @@
 
 namespace longspan::cpu {
 
-const MatMulKernels& MatMulKernelsOf(Simd) { return kPortableMatMul; }
+const MatMulKernels& MatMulKernelsOf(Simd simd) {
+  static const MatMulKernels avx512 = Avx512MatMul(kAvx2MatMul);
+  switch (simd) {
+    case Simd::kPortable:
+      break;
+    case Simd::kAvx2:
+      return kAvx2MatMul;
+    case Simd::kAvx512:
+      return avx512;
+  }
+  return kPortableMatMul;
+}
 
 const FloatKernels* FloatKernelsOf(const MatMulKernels& kernels, DType type) {
   switch (type) {

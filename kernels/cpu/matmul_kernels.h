@@ -92,7 +92,8 @@ struct MatMulKernels {
 
 extern const MatMulKernels kPortableMatMul;
 extern const MatMulKernels kAvx2MatMul;
-extern const MatMulKernels kAvx512MatMul;
+// The AVX2 table with the entries that AVX-512 does better.
+MatMulKernels Avx512MatMul(MatMulKernels kernels);
 
 const MatMulKernels& MatMulKernelsOf(Simd simd);
 

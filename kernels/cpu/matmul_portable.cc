@@ -36,13 +36,17 @@ void MultiplyFloat(const FloatTile& t) {
 
 void Quantise(const float* x, int64_t in, const QuantisedRows& row) {
   for (int64_t g = 0; g < in / kActivationGroup; ++g, x += kActivationGroup) {
-    float largest = 0;
-    for (int i = 0; i < kActivationGroup; ++i) largest = std::max(largest, std::fabs(x[i]));
+    uint32_t bits = 0;  // of the largest magnitude; NaN is the largest of all
+    for (int i = 0; i < kActivationGroup; ++i) {
+      bits = std::max(bits, std::bit_cast<uint32_t>(std::fabs(x[i])));
+    }
+    const float largest = std::bit_cast<float>(bits);
     const bool zero = largest < kSmallestActivation;
     const float inverse = zero ? 0 : 127 / largest;
     int sum[2] = {};
     for (int i = 0; i < kActivationGroup; ++i) {
-      // Infinite and NaN activations have no integer: they become 0, and the scale carries them on.
+      // Beside an infinity or NaN nothing has an integer: all become 0, and the scale carries it
+      // on.
       const float scaled = x[i] * inverse;
       const int q = std::fabs(scaled) <= 127.5f ? static_cast<int>(std::nearbyintf(scaled)) : 0;
       row.q[kActivationGroup * g + i] = static_cast<int8_t>(q);

@@ -1,0 +1,189 @@
+// MatMul's inner loops where AVX-512 with VNNI does better than AVX2. Unpacking and quantising
+// stay.
+#if !defined(__clang__)
+// GCC bug 105593: gcc 12 takes the "undefined" operands inside its own AVX-512 headers for
+// mistakes.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+
+#include <algorithm>
+
+#include "kernels/cpu/blocks_avx2.h"
+#include "kernels/cpu/matmul_kernels.h"
+
+namespace longspan::cpu {
+namespace {
+
+// R rows times the 16 outputs of a panel. A 32-bit lane takes four unsigned levels times four
+// signed activations at once, so that all formats stay unsigned and subtract offset * sum
+// afterwards.
+template <class Format, int R>
+LONGSPAN_AVX512 inline void MultiplyRows(const BlockTile& t, int64_t row) {
+  constexpr int kGroup = Format::kGroup;
+  const int64_t groups = t.in / kGroup;
+  const int8_t* q = t.x.q + row * t.in;
+  const float* x_scale = t.x.scale + row * (t.in / 32);
+  const float* x_sum = (kGroup == 16 ? t.x.sum16 : t.x.sum32) + row * groups;
+  const float* x_scaled_sum = t.x.scaled_sum + row * (t.in / 32);
+  __m512 result[R];
+  LONGSPAN_UNROLL
+  for (int r = 0; r < R; ++r) result[r] = _mm512_setzero_ps();
+  const uint8_t* levels = t.panel.levels;
+  for (int64_t g = 0; g < groups; ++g, q += kGroup) {
+    __m512i dot[R];
+    LONGSPAN_UNROLL
+    for (int r = 0; r < R; ++r) dot[r] = _mm512_setzero_si512();
+    LONGSPAN_UNROLL
+    for (int s = 0; s < kGroup / 4; ++s, levels += 4 * kPanel) {
+      const __m512i w = _mm512_loadu_si512(levels);
+      LONGSPAN_UNROLL
+      for (int r = 0; r < R; ++r) {
+        int word;
+        std::memcpy(&word, q + r * t.in + 4 * s, 4);
+        dot[r] = _mm512_dpbusd_epi32(dot[r], w, _mm512_set1_epi32(word));
+      }
+    }
+    const __m512 scale = _mm512_loadu_ps(t.panel.scales + g * kPanel);
+    LONGSPAN_UNROLL
+    for (int r = 0; r < R; ++r) {
+      __m512 value = _mm512_cvtepi32_ps(dot[r]);
+      if (Format::kOffset != 0) {
+        value = _mm512_fnmadd_ps(_mm512_set1_ps(x_sum[r * groups + g]),
+                                 _mm512_set1_ps(Format::kOffset), value);
+      }
+      const __m512 both =
+          _mm512_mul_ps(scale, _mm512_set1_ps(x_scale[r * (t.in / 32) + g * kGroup / 32]));
+      result[r] = _mm512_fmadd_ps(value, both, result[r]);
+      if (Format::kMin) {
+        result[r] = _mm512_fnmadd_ps(_mm512_loadu_ps(t.panel.mins + g * kPanel),
+                                     _mm512_set1_ps(x_scaled_sum[r * (t.in / 32) + g]), result[r]);
+      }
+    }
+  }
+  const __mmask16 valid = static_cast<__mmask16>((1u << t.columns) - 1);
+  LONGSPAN_UNROLL
+  for (int r = 0; r < R; ++r) {
+    _mm512_mask_storeu_ps(t.out + (row + r) * t.out_stride, valid, result[r]);
+  }
+}
+
+template <class Format>
+LONGSPAN_AVX512 void MultiplyBlocks(const BlockTile& t) {
+  int64_t row = 0;
+  for (; row + 8 <= t.rows; row += 8) MultiplyRows<Format, 8>(t, row);
+  for (; row + 4 <= t.rows; row += 4) MultiplyRows<Format, 4>(t, row);
+  for (; row < t.rows; ++row) MultiplyRows<Format, 1>(t, row);
+}
+
+template <DType kType>
+LONGSPAN_AVX512 inline __m512 LoadWeights(const std::byte* p) {
+  if constexpr (kType == DType::kF32) {
+    return _mm512_loadu_ps(p);
+  } else {
+    const __m256i half = Load256(p);
+    if constexpr (kType == DType::kF16) return _mm512_cvtph_ps(half);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  }
+}
+
+// Upper half added to lower, then ((l0 + l1) + (l2 + l3)) + ((l4 + l5) + (l6 + l7)).
+LONGSPAN_AVX512 inline float SumLanes(__m512 v) {
+  const __m256 upper = _mm512_extractf32x8_ps(v, 1);
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), upper);
+  const __m256 two = _mm256_hadd_ps(eight, eight);
+  const __m256 one = _mm256_hadd_ps(two, two);
+  return _mm_cvtss_f32(_mm_add_ss(_mm256_castps256_ps128(one), _mm256_extractf128_ps(one, 1)));
+}
+
+// R rows times C outputs; outputs beyond t.columns repeat the last one and are dropped.
+template <DType kType, int R, int C>
+LONGSPAN_AVX512 inline void MultiplyFloatTile(const FloatTile& t, int64_t row, int64_t column) {
+  constexpr int kBytes = Info(kType).block_bytes;
+  const float* x = t.x + row * t.x_stride;
+  const std::byte* w[C];
+  LONGSPAN_UNROLL
+  for (int c = 0; c < C; ++c) {
+    w[c] = t.weights + std::min(column + c, t.columns - 1) * t.weight_stride;
+  }
+  __m512 sum[R][C];
+  LONGSPAN_UNROLL
+  for (int r = 0; r < R; ++r) {
+    LONGSPAN_UNROLL
+    for (int c = 0; c < C; ++c) sum[r][c] = _mm512_setzero_ps();
+  }
+  for (int64_t i = 0; i < t.in; i += 16) {
+    __m512 weights[C];
+    LONGSPAN_UNROLL
+    for (int c = 0; c < C; ++c) weights[c] = LoadWeights<kType>(w[c] + i * kBytes);
+    LONGSPAN_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const __m512 v = _mm512_loadu_ps(x + r * t.x_stride + i);
+      LONGSPAN_UNROLL
+      for (int c = 0; c < C; ++c) sum[r][c] = _mm512_fmadd_ps(v, weights[c], sum[r][c]);
+    }
+  }
+  LONGSPAN_UNROLL
+  for (int c = 0; c < C; ++c) {
+    if (column + c >= t.columns) return;
+    LONGSPAN_UNROLL
+    for (int r = 0; r < R; ++r) {
+      t.out[(row + r) * t.out_stride + column + c] = SumLanes(sum[r][c]);
+    }
+  }
+}
+
+template <DType kType, int R, int C>
+LONGSPAN_AVX512 void MultiplyFloatRows(const FloatTile& t, int64_t row, int64_t begin,
+                                       int64_t end) {
+  for (int64_t c = begin; c < end; c += C) MultiplyFloatTile<kType, R, C>(t, row, c);
+}
+
+constexpr int kFloatColumns = 16;
+
+template <DType kType>
+LONGSPAN_AVX512 void MultiplyFloat(const FloatTile& t) {
+  for (int64_t begin = 0; begin < t.columns; begin += kFloatColumns) {
+    const int64_t end = std::min(begin + kFloatColumns, t.columns);
+    int64_t row = 0;
+    for (; row + 6 <= t.rows; row += 6) MultiplyFloatRows<kType, 6, 4>(t, row, begin, end);
+    if (row + 4 <= t.rows) {
+      MultiplyFloatRows<kType, 4, 4>(t, row, begin, end);
+      row += 4;
+    }
+    for (; row < t.rows; ++row) MultiplyFloatRows<kType, 1, 8>(t, row, begin, end);
+  }
+}
+
+template <DType kType>
+LONGSPAN_AVX512 void Widen(const std::byte* weights, int64_t count, float* out) {
+  constexpr int kBytes = Info(kType).block_bytes;
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) {
+    _mm512_storeu_ps(out + i, LoadWeights<kType>(weights + i * kBytes));
+  }
+  DequantiseRow(kType, weights + i * kBytes, count - i, out + i);
+}
+
+template <DType kType>
+constexpr FloatKernels FloatEntry() {
+  return {MultiplyFloat<kType>, Widen<kType>};
+}
+
+}  // namespace
+
+MatMulKernels Avx512MatMul(MatMulKernels kernels) {
+  kernels.f32 = FloatEntry<DType::kF32>();
+  kernels.f16 = FloatEntry<DType::kF16>();
+  kernels.bf16 = FloatEntry<DType::kBF16>();
+  kernels.float_columns = kFloatColumns;
+  kernels.q8_0.multiply = MultiplyBlocks<FormatQ8_0>;
+  kernels.q4_0.multiply = MultiplyBlocks<FormatQ4_0>;
+  kernels.q5_0.multiply = MultiplyBlocks<FormatQ5_0>;
+  kernels.q4_k.multiply = MultiplyBlocks<FormatQ4_K>;
+  kernels.q5_k.multiply = MultiplyBlocks<FormatQ5_K>;
+  kernels.q6_k.multiply = MultiplyBlocks<FormatQ6_K>;
+  return kernels;
+}
+
+}  // namespace longspan::cpu

@@ -1,0 +1,14 @@
+#pragma once
+// Per-function instruction sets: every function that uses an intrinsic carries one of these, so
+// that no file needs machine flags and nothing else is compiled for a machine that may not be
+// there.
+#define LONGSPAN_AVX2 __attribute__((target("avx2,fma,f16c")))
+#define LONGSPAN_AVX512 \
+  __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
+
+// Unrolls the next loop fully: its arrays of vectors must become registers.
+#if defined(__clang__)
+#define LONGSPAN_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define LONGSPAN_UNROLL _Pragma("GCC unroll 16")
+#endif

@@ -1,0 +1,113 @@
+#include "kernels/backend.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cstring>
+
+#include "kernels/cpu/simd.h"
+
+namespace longspan {
+namespace {
+
+TEST(CpuBackend, NamesItsInstructionsAndThreads) {
+  EXPECT_EQ(Backend::Cpu({.threads = 3, .simd = "portable"})->name(), "cpu (portable, 3 threads)");
+  EXPECT_EQ(Backend::Cpu({.threads = 1, .simd = "portable"})->name(), "cpu (portable, 1 thread)");
+  EXPECT_THAT(Backend::Cpu({})->name(), ::testing::HasSubstr(SimdName(BestSimd())));
+}
+
+TEST(CpuBackendDeathTest, RefusesInstructionsThatAreNotThere) {
+  EXPECT_DEATH(Backend::Cpu({.simd = "mmx"}), "unknown simd 'mmx': use avx512, avx2 or portable");
+  if (!MachineRuns(Simd::kAvx512)) {
+    EXPECT_DEATH(Backend::Cpu({.simd = "avx512"}), "cannot run simd 'avx512'");
+  }
+}
+
+TEST(CpuBackend, HasEveryOp) {
+  const auto backend = Backend::Cpu({.threads = 1});
+#define LONGSPAN_EXPECT_OP(name)                    \
+  EXPECT_NE(backend->ops().name.function, nullptr); \
+  EXPECT_EQ(backend->ops().name.id, OpId::k##name); \
+  EXPECT_STREQ(OpName(backend->ops().name.id), #name);
+  LONGSPAN_OPS(LONGSPAN_EXPECT_OP)
+#undef LONGSPAN_EXPECT_OP
+}
+
+TEST(CpuBackend, AllocatesZeroedPages) {
+  const auto backend = Backend::Cpu({.threads = 1});
+  for (size_t bytes : {1, 4096, 100000, 4 << 20}) {
+    Buffer buffer = backend->Allocate(bytes);
+    ASSERT_EQ(buffer.bytes(), bytes);
+    EXPECT_EQ(reinterpret_cast<uintptr_t>(buffer.data()) % 4096, 0u);
+    for (size_t i = 0; i < bytes; i += 511) EXPECT_EQ(buffer.data()[i], std::byte{0});
+    buffer.data()[bytes - 1] = std::byte{1};
+  }
+  EXPECT_EQ(backend->Allocate(0).data(), nullptr);
+}
+
+TEST(CpuBackend, CopiesOverlappingMemory) {
+  const auto backend = Backend::Cpu({.threads = 1});
+  char text[] = "abcdefgh";
+  backend->CopyWithin(text + 2, text, 5);
+  EXPECT_STREQ(text, "ababcdeh");
+}
+
+TEST(CpuBackend, CountsCallsBytesAndFlops) {
+  const auto backend = Backend::Cpu({.threads = 1, .simd = "portable"});
+  std::vector<float> x(2 * 32, 1), w(6 * 32, 1), out(2 * 6);
+  MatMulArgs args;
+  args.x = View::Matrix(x.data(), DType::kF32, 2, 32);
+  args.parts[0] = View::Matrix(w.data(), DType::kF32, 4, 32);
+  args.parts[1] = View::Matrix(w.data(), DType::kF32, 2, 32);
+  args.part_count = 2;
+  args.out = View::Matrix(out.data(), DType::kF32, 2, 6);
+  for (int i = 0; i < 3; ++i) backend->Run(backend->ops().MatMul, args);
+  const OpTotals& totals = backend->Profile(OpId::kMatMul);
+  EXPECT_EQ(totals.calls, 3);
+  EXPECT_EQ(totals.flops, 3 * 2 * 2 * 6 * 32);
+  EXPECT_EQ(totals.bytes, 3 * 4 * (2 * 32 + 6 * 32 + 2 * 6));
+  EXPECT_GT(totals.nanoseconds, 0);
+  EXPECT_EQ(backend->Profile(OpId::kEmbed).calls, 0);
+}
+
+TEST(Cost, CountsTheBlocksOfQuantisedWeights) {
+  MatMulArgs args;
+  args.x = View::Matrix(nullptr, DType::kF32, 1, 256);
+  args.parts[0] = View::Matrix(nullptr, DType::kQ4_K, 10, 256);
+  args.out = View::Matrix(nullptr, DType::kF32, 1, 10);
+  EXPECT_EQ(Cost(args).bytes, 1024 + 10 * 144 + 40);
+  EXPECT_EQ(Cost(args).flops, 2 * 256 * 10);
+}
+
+// Counted one query and key at a time.
+TEST(Cost, CountsTheKeysThatAttentionSees) {
+  const int32_t row_begin[] = {0, 3, 4, 4, 24};
+  const int32_t start[] = {0, 50, 9, 5};
+  for (int window : {0, 1, 4, 8, 64}) {
+    AttentionArgs args;
+    args.query = args.out = View::Cube(nullptr, DType::kF32, 24, 6, 32);
+    args.cache.kv_heads = 2;
+    args.cache.head_dim = 32;
+    args.cache.dtype = DType::kBF16;
+    args.batch = {.sequences = 4, .rows = 24, .row_begin = row_begin, .start = start};
+    args.window = window;
+    int64_t pairs = 0, keys = 0;
+    for (int s = 0; s < 4; ++s) {
+      const int rows = row_begin[s + 1] - row_begin[s];
+      for (int j = 0; j < start[s] + rows; ++j) {
+        bool seen = false;
+        for (int t = start[s]; t < start[s] + rows; ++t) {
+          const bool sees = j <= t && (window == 0 || t - j < window);
+          pairs += sees;
+          seen |= sees;
+        }
+        keys += seen;
+      }
+    }
+    EXPECT_EQ(Cost(args).flops, 4 * pairs * 6 * 32) << window;
+    EXPECT_EQ(Cost(args).bytes, 2 * 4 * 24 * 6 * 32 + keys * 2 * 2 * 32 * 2) << window;
+  }
+}
+
+}  // namespace
+}  // namespace longspan

@@ -1,0 +1,268 @@
+// MatMul on every instruction set that this machine has.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "kernels/backend.h"
+#include "kernels/cpu/simd.h"
+#include "tests/support/weights.h"
+
+namespace longspan {
+namespace {
+
+using testing::DecodeRow;
+using testing::kWeightTypes;
+using testing::RandomFloats;
+using testing::RandomWeights;
+using testing::Weights;
+
+constexpr double kEpsilon = 0x1p-24;  // half the spacing of fp32 at 1
+
+std::vector<float> Multiply(Backend& backend, const std::vector<float>& x, int64_t rows,
+                            std::initializer_list<const Weights*> parts) {
+  const int64_t in = (*parts.begin())->columns;
+  MatMulArgs args;
+  args.part_count = 0;
+  int64_t columns = 0;
+  for (const Weights* part : parts) {
+    args.parts[args.part_count++] = part->view();
+    columns += part->rows;
+  }
+  std::vector<float> out(rows * columns, NAN);
+  args.x = View::Matrix(const_cast<float*>(x.data()), DType::kF32, rows, in);
+  args.out = View::Matrix(out.data(), DType::kF32, rows, columns);
+  backend.Run(backend.ops().MatMul, args);
+  return out;
+}
+
+// One row of activations as the block kernels see it: int8 per 32 elements with one fp32 scale.
+std::vector<double> QuantiseActivations(const float* x, int64_t in) {
+  std::vector<double> result(in);
+  for (int64_t g = 0; g < in; g += 32) {
+    float largest = 0;
+    for (int i = 0; i < 32; ++i) largest = std::max(largest, std::fabs(x[g + i]));
+    if (largest == 0) continue;
+    const float inverse = 127 / largest;
+    const float scale = largest / 127;
+    for (int i = 0; i < 32; ++i) {
+      result[g + i] = static_cast<double>(scale) * std::nearbyint(x[g + i] * inverse);
+    }
+  }
+  return result;
+}
+
+class MatMul : public ::testing::TestWithParam<const char*> {
+ protected:
+  void SetUp() override {
+    if (!MachineRuns(*ParseSimd(GetParam()))) {
+      GTEST_SKIP() << "this processor has no " << GetParam();
+    }
+  }
+  std::unique_ptr<Backend> Open(int threads) {
+    return Backend::Cpu({.threads = threads, .simd = GetParam()});
+  }
+};
+
+INSTANTIATE_TEST_SUITE_P(Simd, MatMul, ::testing::Values("portable", "avx2", "avx512"),
+                         [](const auto& info) { return std::string(info.param); });
+
+void ExpectProduct(const Weights& w, const std::vector<float>& x, int64_t rows,
+                   const std::vector<float>& out) {
+  const bool blocks = IsQuantised(w.type);
+  for (int64_t c = 0; c < w.rows; ++c) {
+    const std::vector<double> weights = DecodeRow(w, c);
+    double largest = 0;
+    for (double value : weights) largest = std::max(largest, std::fabs(value));
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* row = x.data() + r * w.columns;
+      const std::vector<double> quantised =
+          blocks ? QuantiseActivations(row, w.columns) : std::vector<double>(row, row + w.columns);
+      double exact = 0, near = 0, magnitude = 0, step_error = 0;
+      for (int64_t i = 0; i < w.columns; ++i) {
+        exact += weights[i] * row[i];
+        near += weights[i] * quantised[i];
+        magnitude += largest * std::fabs(quantised[i]);
+        step_error += std::fabs(weights[i]) * std::fabs(quantised[i] - row[i]);
+      }
+      // Every element enters a chain of at most columns / 8 fp32 roundings; block kernels add at
+      // most four per group of 16. Levels and mins apart are at most twice the largest weight.
+      const double rounding = kEpsilon * (w.columns / 4 + 16) * 2 * magnitude;
+      const float got = out[r * w.rows + c];
+      ASSERT_NEAR(got, near, rounding) << Info(w.type).name << " row " << r << " column " << c;
+      // Quantising moves x by at most half a step, and no rounding beyond that is allowed.
+      ASSERT_NEAR(got, exact, rounding + step_error) << Info(w.type).name;
+    }
+  }
+}
+
+TEST_P(MatMul, EqualsTheDoubleProductOfDecodedWeights) {
+  std::mt19937 random(1);
+  auto backend = Open(2);
+  const int64_t row_counts[] = {1, 2, 3, 4, 5, 7, 8, 13, 70};
+  for (DType type : kWeightTypes) {
+    for (int64_t columns : {1, 8, 15, 16, 17, 53}) {
+      const Weights w = RandomWeights(type, columns, IsQuantised(type) ? 512 : 384, random);
+      for (int64_t rows : row_counts) {
+        const std::vector<float> x = RandomFloats(rows * w.columns, random);
+        ExpectProduct(w, x, rows, Multiply(*backend, x, rows, {&w}));
+      }
+    }
+  }
+}
+
+TEST_P(MatMul, TakesInputsThatNoVectorDivides) {
+  std::mt19937 random(2);
+  auto backend = Open(2);
+  for (DType type : {DType::kF32, DType::kF16, DType::kBF16}) {
+    for (int64_t in : {1, 7, 17, 33, 100}) {
+      const Weights w = RandomWeights(type, 13, in, random);
+      for (int64_t rows : {1, 3, 11}) {
+        const std::vector<float> x = RandomFloats(rows * in, random);
+        ExpectProduct(w, x, rows, Multiply(*backend, x, rows, {&w}));
+      }
+    }
+  }
+  for (DType type : {DType::kQ8_0, DType::kQ4_0, DType::kQ5_0}) {
+    for (int64_t in : {32, 96, 640}) {
+      const Weights w = RandomWeights(type, 13, in, random);
+      for (int64_t rows : {1, 3, 11}) {
+        const std::vector<float> x = RandomFloats(rows * in, random);
+        ExpectProduct(w, x, rows, Multiply(*backend, x, rows, {&w}));
+      }
+    }
+  }
+}
+
+// The largest sums that a format can make: every level and every activation at its extreme.
+TEST_P(MatMul, NeverOverflowsItsIntegerSums) {
+  auto backend = Open(1);
+  std::mt19937 random(3);
+  for (DType type : kWeightTypes) {
+    if (!IsQuantised(type)) continue;
+    for (uint8_t fill : {0x00, 0xff, 0x80, 0x7f}) {
+      Weights w = RandomWeights(type, 19, 512, random);
+      const Weights scales = w;
+      for (uint8_t& byte : w.bytes) byte = fill;
+      for (size_t b = 0; b < w.bytes.size(); b += Info(type).block_bytes) {
+        const int at = type == DType::kQ6_K ? 208 : 0;
+        const int n = type == DType::kQ4_K || type == DType::kQ5_K ? 4 : 2;
+        std::copy_n(scales.bytes.begin() + b + at, n, w.bytes.begin() + b + at);
+      }
+      for (float value : {1.0f, -1.0f}) {
+        for (int64_t rows : {1, 9}) {
+          const std::vector<float> x(rows * w.columns, value);
+          ExpectProduct(w, x, rows, Multiply(*backend, x, rows, {&w}));
+        }
+      }
+    }
+  }
+}
+
+TEST_P(MatMul, GivesARowTheSameBitsWhateverItsNeighboursAndThreads) {
+  std::mt19937 random(4);
+  constexpr int64_t kRows = 37, kColumns = 45;
+  for (DType type : kWeightTypes) {
+    for (int64_t in : {256, 768}) {
+      const Weights w = RandomWeights(type, kColumns, in, random);
+      const std::vector<float> x = RandomFloats(kRows * in, random);
+      const std::vector<float> all = Multiply(*Open(1), x, kRows, {&w});
+      for (int threads = 1; threads <= 4; ++threads) {
+        auto backend = Open(threads);
+        for (int64_t count : {1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 37}) {
+          const int64_t first = (kRows - count) / 2;
+          const std::vector<float> some(x.begin() + first * in, x.begin() + (first + count) * in);
+          const std::vector<float> out = Multiply(*backend, some, count, {&w});
+          ASSERT_EQ(0, std::memcmp(out.data(), all.data() + first * kColumns, 4 * out.size()))
+              << Info(type).name << " rows " << count << " threads " << threads;
+        }
+      }
+    }
+  }
+}
+
+TEST_P(MatMul, PutsPartsOfAnyTypeSideBySide) {
+  std::mt19937 random(5);
+  auto backend = Open(3);
+  const Weights a = RandomWeights(DType::kQ5_0, 37, 640, random);
+  const Weights b = RandomWeights(DType::kQ8_0, 5, 640, random);
+  const Weights c = RandomWeights(DType::kBF16, 21, 640, random);
+  for (int64_t rows : {1, 2, 6, 19}) {
+    const std::vector<float> x = RandomFloats(rows * 640, random);
+    const std::vector<float> out = Multiply(*backend, x, rows, {&a, &b, &c});
+    int64_t begin = 0;
+    for (const Weights* part : {&a, &b, &c}) {
+      const std::vector<float> alone = Multiply(*backend, x, rows, {part});
+      for (int64_t r = 0; r < rows; ++r) {
+        ASSERT_EQ(0, std::memcmp(out.data() + r * 63 + begin, alone.data() + r * part->rows,
+                                 4 * part->rows));
+      }
+      begin += part->rows;
+    }
+  }
+}
+
+TEST_P(MatMul, LeavesMemoryBetweenStridedRowsAlone) {
+  std::mt19937 random(6);
+  auto backend = Open(2);
+  constexpr int64_t kRows = 11, kIn = 256, kColumns = 21, kXStride = 300, kOutStride = 40;
+  for (DType type : kWeightTypes) {
+    const Weights w = RandomWeights(type, kColumns, kIn, random);
+    std::vector<float> x = RandomFloats(kRows * kXStride, random);
+    std::vector<float> dense;
+    for (int64_t r = 0; r < kRows; ++r) {
+      dense.insert(dense.end(), x.begin() + r * kXStride, x.begin() + r * kXStride + kIn);
+    }
+    const std::vector<float> expected = Multiply(*backend, dense, kRows, {&w});
+    std::vector<float> out(kRows * kOutStride, 7.0f);
+    MatMulArgs args;
+    args.x = View::Matrix(x.data(), DType::kF32, kRows, kXStride).Columns(0, kIn);
+    args.parts[0] = w.view();
+    args.out = View::Matrix(out.data(), DType::kF32, kRows, kOutStride).Columns(3, kColumns);
+    backend->Run(backend->ops().MatMul, args);
+    for (int64_t r = 0; r < kRows; ++r) {
+      for (int64_t c = 0; c < kOutStride; ++c) {
+        const bool inside = c >= 3 && c < 3 + kColumns;
+        ASSERT_EQ(out[r * kOutStride + c], inside ? expected[r * kColumns + c - 3] : 7.0f);
+      }
+    }
+  }
+}
+
+TEST_P(MatMul, KeepsInfinityAndNanInTheirRow) {
+  std::mt19937 random(7);
+  auto backend = Open(1);
+  for (float bad : {std::numeric_limits<float>::infinity(), std::nanf("")}) {
+    for (DType type : kWeightTypes) {
+      const Weights w = RandomWeights(type, 20, 256, random);
+      std::vector<float> x = RandomFloats(5 * 256, random);
+      const std::vector<float> clean = Multiply(*backend, x, 5, {&w});
+      x[2 * 256 + 77] = bad;
+      const std::vector<float> out = Multiply(*backend, x, 5, {&w});
+      for (int64_t i = 0; i < 5 * 20; ++i) {
+        if (i / 20 == 2) {
+          EXPECT_FALSE(std::isfinite(out[i])) << Info(type).name;
+        } else {
+          EXPECT_EQ(out[i], clean[i]) << Info(type).name;
+        }
+      }
+    }
+  }
+}
+
+TEST_P(MatMul, GivesZeroForZeroAndTinyActivations) {
+  std::mt19937 random(8);
+  auto backend = Open(1);
+  for (float value : {0.0f, 1e-38f, 1e-44f}) {
+    for (DType type : kWeightTypes) {
+      const Weights w = RandomWeights(type, 20, 256, random);
+      const std::vector<float> x(2 * 256, value);
+      // 256 weights below 2000 times 1e-38.
+      for (float out : Multiply(*backend, x, 2, {&w})) EXPECT_NEAR(out, 0, 1e-32);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace longspan

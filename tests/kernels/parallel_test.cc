@@ -1,0 +1,101 @@
+#include "kernels/cpu/parallel.h"
+
+#include <gtest/gtest.h>
+
+#include <chrono>
+#include <numeric>
+#include <thread>
+#include <vector>
+
+#include "kernels/cpu/context.h"
+
+namespace longspan {
+namespace {
+
+TEST(ThreadTeam, RunsTheBodyOnceOnEachThread) {
+  for (int threads = 1; threads <= 4; ++threads) {
+    ThreadTeam team(threads);
+    EXPECT_EQ(team.threads(), threads);
+    std::vector<int> calls(threads);
+    for (int i = 0; i < 100; ++i) team.Run([&](int thread) { ++calls[thread]; });
+    EXPECT_EQ(calls, std::vector<int>(threads, 100));
+  }
+}
+
+TEST(ThreadTeam, TakesTheCallerAsThreadZero) {
+  ThreadTeam team(3);
+  std::thread::id zero;
+  team.Run([&](int thread) {
+    if (thread == 0) zero = std::this_thread::get_id();
+  });
+  EXPECT_EQ(zero, std::this_thread::get_id());
+}
+
+TEST(ThreadTeam, CoversARangeOnceInChunksOfTheGrain) {
+  for (int threads : {1, 2, 4}) {
+    ThreadTeam team(threads);
+    for (int64_t count : {0, 1, 6, 7, 8, 1000}) {
+      std::vector<int> hits(count);
+      team.For(count, 7, [&](int64_t begin, int64_t end, int thread) {
+        EXPECT_LE(end - begin, 7);
+        EXPECT_EQ(begin % 7, 0);
+        EXPECT_TRUE(thread >= 0 && thread < threads);
+        for (int64_t i = begin; i < end; ++i) ++hits[i];
+      });
+      EXPECT_EQ(hits, std::vector<int>(count, 1));
+    }
+  }
+}
+
+// Loops close together find the workers spinning, loops far apart find them asleep, and loops at
+// about the spinning time find them falling asleep: no wake-up may be lost, whatever the gap.
+TEST(ThreadTeam, LosesNoLoopHoweverFarApartTheyAre) {
+  ThreadTeam team(4);
+  int64_t sum = 0;
+  for (int i = 0; i < 2000; ++i) {
+    int64_t part[4] = {};
+    team.Run([&](int thread) { part[thread] = i + thread; });
+    sum += std::accumulate(part, part + 4, int64_t{0});
+    const auto gap = std::chrono::microseconds(i % 5 == 0 ? 100 + i % 300 : 0);
+    const auto until = std::chrono::steady_clock::now() + gap;
+    while (std::chrono::steady_clock::now() < until) {
+    }
+  }
+  EXPECT_EQ(sum, int64_t{4} * 1999 * 2000 / 2 + 2000 * 6);
+}
+
+// The caller, too, sleeps while a worker is long.
+TEST(ThreadTeam, WaitsForASlowWorker) {
+  ThreadTeam team(3);
+  for (int i = 0; i < 20; ++i) {
+    int64_t done[3] = {};
+    team.Run([&](int thread) {
+      if (thread == 2) std::this_thread::sleep_for(std::chrono::milliseconds(2));
+      done[thread] = 1;
+    });
+    EXPECT_EQ(done[0] + done[1] + done[2], 3);
+  }
+}
+
+TEST(ThreadTeam, ComesAndGoesWithoutALoop) {
+  for (int i = 0; i < 50; ++i) ThreadTeam team(1 + i % 4);
+}
+
+TEST(BackendContext, GrowsScratchAndKeepsItAligned) {
+  BackendContext context(2, Simd::kPortable);
+  std::byte* last = nullptr;
+  for (size_t bytes : {1, 64, 5000, 5001, 1 << 20}) {
+    for (int thread = 0; thread < 2; ++thread) {
+      last = context.Scratch(thread, bytes);
+      EXPECT_EQ(reinterpret_cast<uintptr_t>(last) % 64, 0u);
+      for (size_t i = 0; i < bytes; ++i) last[i] = std::byte{1};
+    }
+  }
+  EXPECT_EQ(context.Scratch(1, 100), last);  // enough is there: nothing moves
+  EXPECT_NE(context.Scratch(0, 100), context.Scratch(1, 100));
+  EXPECT_EQ(context.SharedScratch(10), context.SharedScratch(4000));
+  EXPECT_NE(context.SharedScratch(1 << 16), nullptr);
+}
+
+}  // namespace
+}  // namespace longspan

@@ -1,0 +1,34 @@
+#pragma once
+// Random weight matrices of any type, and an independent decoder: one element at a time, in double,
+// written from the formats' definition.
+#include <cstdint>
+#include <random>
+#include <vector>
+
+#include "kernels/view.h"
+
+namespace longspan::testing {
+
+inline constexpr DType kWeightTypes[] = {DType::kF32,  DType::kF16,  DType::kBF16,
+                                         DType::kQ8_0, DType::kQ4_0, DType::kQ5_0,
+                                         DType::kQ4_K, DType::kQ5_K, DType::kQ6_K};
+
+struct Weights {
+  DType type;
+  int64_t rows, columns;
+  std::vector<uint8_t> bytes;
+  View view() const {
+    return View::Matrix(const_cast<uint8_t*>(bytes.data()), type, rows, columns);
+  }
+};
+
+// Random bytes with scales that keep the values of order one.
+Weights RandomWeights(DType type, int64_t rows, int64_t columns, std::mt19937& random);
+
+double DecodeHalf(uint16_t half);
+double DecodeElement(DType type, const uint8_t* row, int64_t index);
+std::vector<double> DecodeRow(const Weights& weights, int64_t row);
+
+std::vector<float> RandomFloats(int64_t count, std::mt19937& random);  // standard normal
+
+}  // namespace longspan::testing
