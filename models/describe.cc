@@ -44,7 +44,7 @@ std::string MixerText(const RecurrentSpec& r) { return r.kind; }
 
 std::string PositionText(const AttentionSpec& a) {
   if (!a.rope) return "none";
-  std::string text = absl::StrFormat("rope %g", a.rope->theta);
+  std::string text = absl::StrFormat("rope %.10g", a.rope->theta);
   switch (a.rope->scaling) {
     case RopeSpec::Scaling::kNone:
       break;

@@ -185,13 +185,13 @@ CacheNeed Need(const RecurrentSpec& r, DType) {
 class Missing {
  public:
   void Add(const std::string& what, int layer = -1) {
-    const auto it = std::find(names_.begin(), names_.end(), what);
-    if (it == names_.end()) {
+    const auto known = std::find(names_.begin(), names_.end(), what);
+    const auto index = static_cast<size_t>(known - names_.begin());
+    if (index == names_.size()) {
       names_.push_back(what);
       layers_.emplace_back();
     }
-    auto& layers = layers_[static_cast<size_t>(it - names_.begin())];
-    if (layer >= 0) layers.push_back(layer);
+    if (layer >= 0) layers_[index].push_back(layer);
   }
 
   std::vector<std::string> Take() const {
