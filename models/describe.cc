@@ -13,7 +13,7 @@ namespace {
 std::string Grouped(int64_t n) {
   std::string digits = absl::StrCat(n);
   for (int i = static_cast<int>(digits.size()) - 3; i > 0; i -= 3) {
-    digits.insert(static_cast<size_t>(i), ",");
+    digits.insert(digits.begin() + i, ',');
   }
   return digits;
 }
@@ -79,7 +79,7 @@ Row RowOf(const LayerSpec& layer, int index, DType cache_dtype) {
   row.position = std::visit([](const auto& m) { return PositionText(m); }, layer.mixer);
   if (layer.cache_of) {
     row.cache = absl::StrCat("of layer ", *layer.cache_of);
-    row.bytes = "0";
+    row.bytes = absl::StrCat(0);
     return row;
   }
   const CacheNeed need = NeedOf(layer.mixer, cache_dtype);
