@@ -146,7 +146,7 @@ void ExpectSpansEqualEager(const AttentionCase& c, const std::vector<ProbeRange>
         double seen = 0;
         for (double x : p) seen += x;
         const SpanRecord& r = c.records()[s][static_cast<size_t>(t) * shape.heads + h];
-        const double kSpan = 1e-5;  // the bound is 1e-3; sums are kept in doubles
+        const double kSpan = 1e-5;  // the project's bound is 1e-3; sums are kept in doubles
         EXPECT_NEAR(r.far_mass, far, kSpan);
         EXPECT_NEAR(r.sink_mass, sink, kSpan);
         // Relative: distances reach the context's length; near 1 - sink = 0 the division amplifies.

@@ -1,0 +1,98 @@
+// Logits of whole models against other implementations: PyTorch for gemma3_text, NumPy in doubles
+// for swa_hybrid (tests/golden/make_*.py). fp32 throughout, cache included; 1e-3 is the bound that
+// the project sets itself, sums in fp32 of these sizes err by some 1e-5.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "tests/support/golden.h"
+#include "tests/support/model_runner.h"
+#include "tests/support/paths.h"
+
+namespace longspan {
+namespace {
+
+using testing::Golden;
+using testing::LoadTestModel;
+using testing::ModelRunner;
+
+constexpr double kTolerance = 1e-3;
+
+class GoldenLogits : public ::testing::TestWithParam<const char*> {};
+INSTANTIATE_TEST_SUITE_P(Models, GoldenLogits,
+                         ::testing::Values("swa_hybrid_nope", "swa_hybrid_untied",
+                                           "swa_hybrid_scaled", "gemma3_linear_rope",
+                                           "gemma3_old_schema"),
+                         [](const auto& info) { return std::string(info.param); });
+
+TEST_P(GoldenLogits, EqualTheReferenceImplementation) {
+  const Golden golden = testing::LoadGolden(GetParam());
+  const auto backend = Backend::Cpu({.threads = 2});
+  const auto model = LoadTestModel(golden.path, *backend);
+  ASSERT_EQ(model->spec().vocab, golden.vocab);
+  for (int chunk : {1, 7, 512}) {
+    ModelRunner runner(*backend, *model, 1, 128);
+    const std::vector<float> logits = runner.Feed(0, golden.tokens, chunk);
+    ASSERT_EQ(logits.size(), golden.logits.size());
+    double worst = 0;
+    for (size_t i = 0; i < logits.size(); ++i) {
+      ASSERT_TRUE(std::isfinite(logits[i])) << "row " << i / golden.vocab;
+      worst = std::max(worst, std::abs(static_cast<double>(logits[i]) - golden.logits[i]));
+    }
+    EXPECT_LE(worst, kTolerance) << "chunks of " << chunk;
+    RecordProperty("max_abs_error_chunk_" + std::to_string(chunk), std::to_string(worst));
+  }
+}
+
+TEST(DefaultModel, LogitsEqualTheReferenceImplementation) {
+  const auto golden = testing::ReadGolden("default_model/golden.json");
+  const auto tokens = golden["tokens"].get<std::vector<int32_t>>();
+  const auto backend = Backend::Cpu({.threads = 2});
+  const auto model = LoadTestModel(testing::SourcePath("models/default"), *backend);
+  ModelRunner runner(*backend, *model, 1, 512);
+  const std::vector<float> logits = runner.Feed(0, tokens, 100);
+  const size_t vocab = model->spec().vocab;
+  double worst = 0;
+  for (const auto& entry : golden["rows"]) {
+    const float* row = logits.data() + entry["row"].get<size_t>() * vocab;
+    const auto ids = entry["ids"].get<std::vector<int>>();
+    const auto expected = entry["logits"].get<std::vector<double>>();
+    for (size_t i = 0; i < ids.size(); ++i) {
+      worst = std::max(worst, std::abs(row[ids[i]] - expected[i]));
+    }
+    EXPECT_EQ(std::max_element(row, row + vocab) - row, ids[0]) << "row " << entry["row"];
+  }
+  EXPECT_LE(worst, kTolerance);
+  RecordProperty("max_abs_error", std::to_string(worst));
+}
+
+// The model's card: heads of layer 5, a full one, look at the needle when the answer starts.
+TEST(DefaultModel, RetrievalHeadsOfLayerFiveLookAtTheNeedle) {
+  const auto golden = testing::ReadGolden("default_model/golden.json");
+  auto tokens = golden["tokens"].get<std::vector<int32_t>>();
+  const auto backend = Backend::Cpu({.threads = 2});
+  const auto model = LoadTestModel(testing::SourcePath("models/default"), *backend);
+  ModelRunner runner(*backend, *model, 1, 512);
+  runner.observe = true;
+  tokens.resize(tokens.size() - 7);  // the next token is the answer's first digit
+  runner.Feed(0, tokens, 64);
+  const int heads = model->max_heads();
+  for (int l = 0; l < static_cast<int>(model->spec().layers.size()); ++l) {
+    float farthest = 0;
+    for (int h = 0; h < heads; ++h) {
+      const SpanRecord& r = runner.records[l * heads + h];
+      farthest = std::max(farthest, r.far_mass);
+      EXPECT_EQ(r.beyond_window, 0.0f);
+      if (l % 2 == 0) {
+        EXPECT_EQ(r.far_mass, 0.0f) << "sliding layer " << l << " head " << h;
+      }
+    }
+    if (l == 5) {
+      EXPECT_GT(farthest, 0.9f);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace longspan
