@@ -1,0 +1,86 @@
+// Gemma 3 270M from its GGUF file, whose weights stay quantised, against the same weights
+// dequantised to fp32 (tests/golden/gemma_perplexity.py). The file is $LONGSPAN_GEMMA_GGUF, or the
+// one that models/get keeps, fetched if need be.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <filesystem>
+
+#include "tests/support/golden.h"
+#include "tests/support/model_runner.h"
+#include "tests/support/paths.h"
+
+namespace longspan {
+namespace {
+
+std::string GemmaFile() {
+  if (const char* path = std::getenv("LONGSPAN_GEMMA_GGUF")) return path;
+  const std::string path = testing::SourcePath("models/downloads/gemma-3-270m.gguf");
+  if (!std::filesystem::exists(path)) {
+    const std::string get = testing::SourcePath("models/get") + " gemma-3-270m";
+    CHECK_EQ(std::system(get.c_str()), 0) << get;
+  }
+  return path;
+}
+
+class Gemma270M : public ::testing::Test {
+ protected:
+  static void SetUpTestSuite() {
+    backend_ = Backend::Cpu({.threads = 2}).release();
+    auto loaded = LoadModel(GemmaFile(), *backend_, {.max_rows = 256, .max_logit_rows = 256});
+    CHECK(loaded.ok()) << loaded.status();
+    loaded_ = new LoadedModel(*std::move(loaded));
+  }
+  static void TearDownTestSuite() {
+    delete loaded_;
+    delete backend_;
+  }
+  static Backend* backend_;
+  static LoadedModel* loaded_;
+};
+Backend* Gemma270M::backend_ = nullptr;
+LoadedModel* Gemma270M::loaded_ = nullptr;
+
+TEST_F(Gemma270M, TokenizesTheTextAsTheReferenceDoes) {
+  const auto golden = testing::ReadGolden("gemma_perplexity/golden.json");
+  const std::string text =
+      testing::ReadFile(testing::SourcePath("tests/golden/gemma_perplexity/text.txt"));
+  EXPECT_EQ(loaded_->tokenizer->Encode(text), golden["tokens"].get<std::vector<int32_t>>());
+}
+
+// The text is longer than the window of 512, so both kinds of layer are at work.
+TEST_F(Gemma270M, PerplexityIsThatOfTheDequantisedWeights) {
+  const auto golden = testing::ReadGolden("gemma_perplexity/golden.json");
+  const auto tokens = golden["tokens"].get<std::vector<int32_t>>();
+  const auto likely = golden["most_likely"].get<std::vector<int64_t>>();
+  const int vocab = loaded_->model->spec().vocab;
+  testing::ModelRunner runner(*backend_, *loaded_->model, 1, 2048);
+  double nll = 0;
+  int agreements = 0;
+  for (size_t at = 0; at + 1 < tokens.size(); at += 256) {
+    const size_t end = std::min(tokens.size() - 1, at + 256);
+    const std::vector<float> logits =
+        runner.Step({std::vector<int32_t>(tokens.begin() + at, tokens.begin() + end)});
+    for (size_t t = at; t < end; ++t) {
+      const float* row = logits.data() + (t - at) * vocab;
+      const float* top = std::max_element(row, row + vocab);
+      double sum = 0;
+      for (int i = 0; i < vocab; ++i) sum += std::exp(static_cast<double>(row[i]) - *top);
+      nll += std::log(sum) + *top - row[tokens[t + 1]];
+      agreements += top - row == likely[t];
+    }
+  }
+  const double count = static_cast<double>(tokens.size() - 1);
+  const double perplexity = std::exp(nll / count);
+  const double expected = golden["perplexity"].get<double>();
+  RecordProperty("perplexity", std::to_string(perplexity));
+  RecordProperty("same_most_likely_token", std::to_string(agreements / count));
+  EXPECT_NEAR(perplexity, expected, 0.005 * expected);
+  // 8-bit activations turn a choice between near-equal tokens now and then, no more.
+  EXPECT_GE(agreements / count, 0.95);
+}
+
+}  // namespace
+}  // namespace longspan
