@@ -28,8 +28,8 @@ struct EngineOptions {
 
 // Monotone counters and gauges for metrics; a consistent copy.
 struct EngineStats {
-  int running = 0, queued = 0;
-  int64_t queued_tokens = 0;
+  int running = 0, queued = 0;  // choices with and without cache
+  int64_t queued_tokens = 0;    // prompts of requests that have not begun
   CacheUsage cache;
   uint64_t prompt_tokens = 0, generation_tokens = 0, preemptions = 0, steps = 0;
   uint64_t step_rows = 0;

@@ -24,6 +24,7 @@ class Sequence {
   int index() const { return index_; }
   const std::vector<int32_t>& tokens() const { return tokens_; }  // prompt ++ output
   int output_tokens() const { return static_cast<int>(tokens_.size() - request_.prompt.size()); }
+  FinishReason finish() const { return finish_; }
   bool finished() const { return finish_ != FinishReason::kNone; }
 
   // Draws the next token from `logits` [vocab] and returns the delta event that it makes. Sets
