@@ -15,6 +15,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_replace.h"
+#include "models/checkpoint_json.h"
 #include "models/utf8.h"
 
 namespace longspan {
@@ -23,7 +24,6 @@ namespace {
 constexpr size_t kMaxPieces = size_t{1} << 21;  // the largest vocabularies in use have 2^18
 constexpr size_t kMaxPieceBytes = 1024;         // bounds the library's recursion over unused pieces
 constexpr int kMaxNestedPieces = 64;            // size of the library's table of matched prefixes
-constexpr int kMaxJsonDepth = 32;
 constexpr size_t kMaxModelBytes = size_t{64} << 20;
 
 // Tokens that end a turn, in the checkpoints that have them.
@@ -141,23 +141,6 @@ void Finish(const absl::flat_hash_set<int>& special, TokenizerSpec* spec) {
 
 using Json = nlohmann::json;
 
-absl::StatusOr<Json> ParseConfig(absl::string_view text) {
-  bool too_deep = false;
-  const auto limit_depth = [&](int depth, Json::parse_event_t, Json&) {
-    too_deep |= depth > kMaxJsonDepth;
-    return !too_deep;
-  };
-  Json json = Json::parse(text.begin(), text.end(), limit_depth, /*allow_exceptions=*/false);
-  if (too_deep) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("tokenizer_config.json nests deeper than ", kMaxJsonDepth));
-  }
-  if (!json.is_object()) {
-    return absl::InvalidArgumentError("tokenizer_config.json is not a JSON object");
-  }
-  return json;
-}
-
 absl::StatusOr<std::optional<bool>> BoolField(const Json& config, const char* key) {
   const auto it = config.find(key);
   if (it == config.end() || it->is_null()) return std::nullopt;
@@ -255,7 +238,7 @@ absl::Status ReadChatTemplate(const Json& config, std::string* chat_template) {
 
 absl::Status ApplyConfig(absl::string_view text, TokenizerSpec* spec,
                          absl::flat_hash_set<int>* special) {
-  absl::StatusOr<Json> config = ParseConfig(text);
+  absl::StatusOr<Json> config = ParseJsonObject(text, "tokenizer_config.json", JsonLimits{});
   if (!config.ok()) return config.status();
   Vocabulary& vocabulary = spec->vocabulary;
   if (absl::Status s = ReadAddedTokens(*config, &vocabulary, special); !s.ok()) return s;
@@ -352,8 +335,12 @@ absl::Status ReadPieces(const GgufMetadata& metadata, Vocabulary* vocabulary) {
   vocabulary->pieces.reserve(n);
   for (size_t id = 0; id < n; ++id) {
     const int64_t type = (*types)[id];
+    if (type < 1 || type > 6) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("tokenizer.ggml.token_type[", id, "] is ", type, ", not one of 1 to 6"));
+    }
     VocabularyPiece piece{(**tokens)[id], static_cast<float>((**scores)[id]),
-                          static_cast<PieceType>(type < 1 || type > 6 ? 0 : type)};
+                          static_cast<PieceType>(type)};
     // The converters write user-defined tokens as plain text, the library has U+2581 for a space.
     if (piece.type == PieceType::kUserDefined) {
       piece.text = absl::StrReplaceAll(piece.text, {{" ", "\xE2\x96\x81"}});
