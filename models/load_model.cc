@@ -1,11 +1,33 @@
+#include <filesystem>
+
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "models/family.h"
 #include "models/model.h"
 
 namespace longspan {
+namespace {
+
+// Reads a directory's description before its weights: those of a family that cannot run may be of
+// types that cannot be read either, and the missing features say more. A GGUF file describes
+// itself.
+absl::Status CheckDirectoryRuns(const std::string& path, const OpTable& ops) {
+  std::error_code error;
+  if (!std::filesystem::is_directory(path, error)) return absl::OkStatus();
+  const absl::StatusOr<ModelSpec> spec = ReadSpecAt(path);
+  if (!spec.ok()) return spec.status();
+  const std::vector<std::string> missing = MissingFor(*spec, ops);
+  if (missing.empty()) return absl::OkStatus();
+  return absl::UnimplementedError(absl::StrCat(
+      path, ": ", spec->family, " needs what is missing: ", absl::StrJoin(missing, ", ")));
+}
+
+}  // namespace
 
 absl::StatusOr<LoadedModel> LoadModel(const std::string& path, Backend& backend,
                                       const ModelOptions& options) {
   LoadedModel loaded;
+  if (absl::Status runs = CheckDirectoryRuns(path, backend.ops()); !runs.ok()) return runs;
   auto checkpoint = Checkpoint::Open(path);
   if (!checkpoint.ok()) return checkpoint.status();
   loaded.checkpoint = *std::move(checkpoint);
