@@ -23,7 +23,7 @@
 namespace longspan::cpu {
 namespace {
 
-constexpr int kSegmentKeys = 1024;  // of one partial result: long enough that merging does not show
+constexpr int kSegmentKeys = 512;  // of one partial result: long enough that merging does not show
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 // The query heads of one KV head for tokens [first_row, first_row + tokens) of a sequence.
@@ -161,30 +161,36 @@ void Job::LoadQueries(const Item& item, float* queries) const {
 void Job::LoadBlock(const Item& item, int64_t block, int64_t first, int64_t last, float* keys,
                     float* values) const {
   const KvView& cache = a_.cache;
+  const int64_t base = block * kBlockKeys;
+  const int64_t begin = std::max(first, base), end = std::min(last, base + kBlockKeys);
   const int64_t start = a_.batch.start[item.sequence];
-  const int64_t row_bytes = BytesOf(cache.dtype, dim_);
-  for (int k = 0; k < kBlockKeys; ++k, keys += padded_, values += padded_) {
-    const int64_t position = block * kBlockKeys + k;
-    if (position < first || position >= last) {
-      std::fill(keys, keys + padded_, 0.0f);
-      std::fill(values, values + padded_, 0.0f);
-      continue;
-    }
-    const std::byte *key, *value;
+  for (float* rows : {keys, values}) {
+    std::fill(rows, rows + (begin - base) * padded_, 0.0f);
+    std::fill(rows + (end - base) * padded_, rows + kBlockKeys * padded_, 0.0f);
+  }
+  for (int64_t position = begin; position < end;) {
+    float* to_keys = keys + (position - base) * padded_;
+    float* to_values = values + (position - base) * padded_;
+    int count;  // positions that lie evenly spaced from here
     if (position < start) {
-      const std::byte* page = cache.Page(item.sequence, position);
-      const int64_t at =
-          (static_cast<int64_t>(item.kv_head) * cache.page_tokens + position % cache.page_tokens) *
-          row_bytes;
-      key = page + cache.key_offset + at;
-      value = page + cache.value_offset + at;
+      const int row = static_cast<int>(position % cache.page_tokens);
+      count = static_cast<int>(
+          std::min<int64_t>(cache.page_tokens - row, std::min(end, start) - position));
+      const int64_t stride = BytesOf(cache.dtype, dim_);
+      const std::byte* at = cache.Page(item.sequence, position) +
+                            (int64_t{item.kv_head} * cache.page_tokens + row) * stride;
+      tile_.load(cache.dtype, at + cache.key_offset, stride, count, dim_, padded_, to_keys);
+      tile_.load(cache.dtype, at + cache.value_offset, stride, count, dim_, padded_, to_values);
     } else {
+      count = static_cast<int>(end - position);
       const int64_t row = a_.batch.row_begin[item.sequence] + position - start;
-      key = a_.key.row(row) + BytesOf(a_.key.dtype, item.kv_head * a_.key.stride[1]);
-      value = a_.value.row(row) + BytesOf(a_.value.dtype, item.kv_head * a_.value.stride[1]);
+      for (const auto& [from, to] : {std::pair{&a_.key, to_keys}, {&a_.value, to_values}}) {
+        tile_.load(from->dtype,
+                   from->row(row) + BytesOf(from->dtype, item.kv_head * from->stride[1]),
+                   BytesOf(from->dtype, from->stride[0]), count, dim_, padded_, to);
+      }
     }
-    tile_.load(cache.dtype, key, dim_, padded_, keys);
-    tile_.load(cache.dtype, value, dim_, padded_, values);
+    position += count;
   }
 }
 

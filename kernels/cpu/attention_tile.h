@@ -13,8 +13,10 @@ inline constexpr int kBlockKeys = 64;    // keys of a block, aligned to absolute
 inline constexpr int kTileQueries = 64;  // (token, head) pairs of a tile: amortises loading a block
 
 struct AttentionTile {
-  // One row of `dim` elements (F32 or BF16) as F32, zero-padded to `padded`.
-  void (*load)(DType dtype, const std::byte* from, int dim, int padded, float* to);
+  // Rows of `dim` elements (F32 or BF16), `stride` bytes apart, as F32, each zero-padded to
+  // `padded`.
+  void (*load)(DType dtype, const std::byte* from, int64_t stride, int rows, int dim, int padded,
+               float* to);
   // scores[q][k] = queries[q] · keys[k] for all 64 keys. Each sum is taken over eight lanes, then
   // ((0+1)+(2+3))+((4+5)+(6+7)), whatever the tile.
   void (*scores)(const float* queries, int count, const float* keys, int padded, float* scores);

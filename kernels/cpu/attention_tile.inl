@@ -9,15 +9,18 @@
 namespace longspan::cpu {
 namespace {
 
-LONGSPAN_TARGET void Load(DType dtype, const std::byte* from, int dim, int padded, float* to) {
-  if (dtype == DType::kF32) {
-    std::memcpy(to, from, sizeof(float) * dim);
-  } else {
-    const auto* halves = reinterpret_cast<const uint16_t*>(from);
-    auto* bits = reinterpret_cast<uint32_t*>(to);
-    for (int d = 0; d < dim; ++d) bits[d] = static_cast<uint32_t>(halves[d]) << 16;
+LONGSPAN_TARGET void Load(DType dtype, const std::byte* from, int64_t stride, int rows, int dim,
+                          int padded, float* to) {
+  for (int row = 0; row < rows; ++row, from += stride, to += padded) {
+    if (dtype == DType::kF32) {
+      std::memcpy(to, from, sizeof(float) * dim);
+    } else {
+      const auto* halves = reinterpret_cast<const uint16_t*>(from);
+      auto* bits = reinterpret_cast<uint32_t*>(to);
+      for (int d = 0; d < dim; ++d) bits[d] = static_cast<uint32_t>(halves[d]) << 16;
+    }
+    for (int d = dim; d < padded; ++d) to[d] = 0;
   }
-  for (int d = dim; d < padded; ++d) to[d] = 0;
 }
 
 // Sums of eight accumulators' lanes, each as ((0+1)+(2+3))+((4+5)+(6+7)).
@@ -51,7 +54,8 @@ LONGSPAN_TARGET LONGSPAN_INLINE void ScoreTile(const float* queries, const float
   Lanes out;
   SumEight(sums, out);
   for (int q = 0; q < kQ; ++q) {
-    for (int k = 0; k < kK; ++k) scores[q * kBlockKeys + k] = out[q * kK + k];
+    std::memcpy(scores + q * kBlockKeys, reinterpret_cast<const float*>(&out) + q * kK,
+                sizeof(float) * kK);
   }
 }
 
@@ -71,8 +75,13 @@ LONGSPAN_TARGET void Scores(const float* queries, int count, const float* keys, 
 }
 
 LONGSPAN_TARGET void Softmax(float* scores, float previous_max, float* max, float* sum) {
+  Lanes tops = *reinterpret_cast<Lanes*>(scores);
+  for (int k = kLanes; k < kBlockKeys; k += kLanes) {
+    const Lanes more = *reinterpret_cast<Lanes*>(scores + k);
+    tops = more > tops ? more : tops;
+  }
   float highest = previous_max;
-  for (int k = 0; k < kBlockKeys; ++k) highest = scores[k] > highest ? scores[k] : highest;
+  for (int i = 0; i < kLanes; ++i) highest = tops[i] > highest ? tops[i] : highest;
   for (int k = 0; k < kBlockKeys; ++k) scores[k] = Exp(scores[k] - highest);
   Lanes total = {};
   for (int k = 0; k < kBlockKeys; k += kLanes) total += *reinterpret_cast<Lanes*>(scores + k);

@@ -80,13 +80,32 @@ TEST_P(AttentionOnEachSimd, SeveralSegmentsEqualEager) {
 
 TEST_P(AttentionOnEachSimd, ChunkingChangesNoBit) {
   for (int window : {0, 40}) {
-    AttentionCase c({.window = window}, {200, 150});
+    AttentionCase c({.window = window}, {700, 150});
     c.RunAll(*backend_, 1000);
     const auto whole = c.out();
-    for (int chunk : {1, 7, 64}) {
+    for (int chunk : {1, 7, 64, 512}) {
       c.RunAll(*backend_, chunk);
       EXPECT_EQ(c.out(), whole) << "window " << window << " chunk " << chunk;
     }
+  }
+}
+
+TEST_P(AttentionOnEachSimd, ARingEqualsMaskedFullAttentionOverRandomChunks) {
+  for (uint32_t seed = 1; seed <= 6; ++seed) {
+    std::mt19937 random(seed);
+    const int window = 1 + static_cast<int>(random() % 70);
+    AttentionCase c({.heads = 3, .kv_heads = 1, .dim = 8, .window = window}, {600, 350}, seed);
+    std::vector<int> left = c.lengths();
+    while (left[0] + left[1] > 0) {
+      std::vector<int> counts(2);
+      for (int s = 0; s < 2; ++s) {
+        const int chunk = random() % 3 == 0 ? 1 : static_cast<int>(random() % 150);
+        counts[s] = std::min(left[s], chunk);
+        left[s] -= counts[s];
+      }
+      if (counts[0] + counts[1] > 0) c.Step(*backend_, counts, false);
+    }
+    ExpectEqualsEager(c, 7);
   }
 }
 
