@@ -53,6 +53,8 @@ class Backend {
  public:
   // A CPU backend; dies (CHECK) on an unknown simd name or one that the machine cannot run.
   static std::unique_ptr<Backend> Cpu(const CpuOptions& options);
+  // The threads that CpuOptions::threads = 0 stands for.
+  static int CpuThreads();
   // nullptr with *why set when there is no usable GPU or the build has no CUDA (cuda_absent.cc).
   static std::unique_ptr<Backend> Cuda(int device, std::string* why);
 

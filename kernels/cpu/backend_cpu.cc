@@ -22,12 +22,6 @@ OpTable CpuOps() {
   return table;
 }
 
-int UsableCores() {
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof(set), &set) == 0) return std::max(1, CPU_COUNT(&set));
-  return std::max(1u, std::thread::hardware_concurrency());
-}
-
 Simd ChooseSimd(const std::string& name) {
   if (name.empty()) return BestSimd();
   const std::optional<Simd> simd = ParseSimd(name);
@@ -67,9 +61,15 @@ class CpuBackend : public Backend {
 
 }  // namespace
 
+int Backend::CpuThreads() {
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof(set), &set) == 0) return std::max(1, CPU_COUNT(&set));
+  return std::max(1u, std::thread::hardware_concurrency());
+}
+
 std::unique_ptr<Backend> Backend::Cpu(const CpuOptions& options) {
   CHECK_GE(options.threads, 0);
-  const int threads = options.threads > 0 ? options.threads : UsableCores();
+  const int threads = options.threads > 0 ? options.threads : CpuThreads();
   const Simd simd = ChooseSimd(options.simd);
   return std::make_unique<CpuBackend>(std::make_unique<BackendContext>(threads, simd),
                                       Describe(simd, threads));

@@ -89,6 +89,16 @@ LONGSPAN_AVX2 inline void Transpose8(__m256i v[8]) {
   }
 }
 
+// Asks for kBytes of memory at p and after; p may lie beyond what is mapped. Rows of a matrix are
+// read several at a time, each too short for the processor to see a stream: the kernels ask for the
+// next rows while they work on these.
+template <int kBytes>
+LONGSPAN_AVX2 inline void Prefetch(const std::byte* p) {
+  LONGSPAN_UNROLL
+  for (int i = 0; i < kBytes; i += 64)
+    _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T0);
+}
+
 template <class Block>
 const Block& BlockAt(const std::byte* output, int64_t index) {
   return reinterpret_cast<const Block*>(output)[index];
@@ -118,9 +128,9 @@ LONGSPAN_AVX2 inline void LoadScales(const std::byte* const outputs[8], int64_t 
                                      float* scales, float* mins, int64_t stride) {
   using Block = typename Format::Block;
   if constexpr (Info(Format::kType).block_elements == 32) {
-    alignas(16) uint16_t d[8];
-    for (int o = 0; o < 8; ++o) d[o] = BlockAt<Block>(outputs[o], index).d;
-    _mm256_storeu_ps(scales, _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<__m128i*>(d))));
+    const auto d = [&](int o) { return static_cast<int16_t>(BlockAt<Block>(outputs[o], index).d); };
+    const __m128i halves = _mm_setr_epi16(d(0), d(1), d(2), d(3), d(4), d(5), d(6), d(7));
+    _mm256_storeu_ps(scales, _mm256_cvtph_ps(halves));
   } else if constexpr (Format::kMin) {
     float d[8], dmin[8];
     uint64_t scale_bytes[8], min_bytes[8];

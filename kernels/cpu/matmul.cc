@@ -60,8 +60,7 @@ namespace {
 
 // Fewer rows than these are multiplied straight from the stored weights: converting them first
 // costs about as much as these rows' products.
-constexpr int64_t kRowsToWiden = 8;
-constexpr int64_t kRowsToUnpack = 3;
+constexpr int64_t kRowsToWiden = 48;
 // Pieces per thread: enough that a late thread's share can be taken by others.
 constexpr int64_t kPiecesPerThread = 16;
 // Rows below which a second loop over the team costs more than it saves.
@@ -202,6 +201,7 @@ class Product {
                       .weight_stride = BytesOf(part.dtype, part.stride[0]),
                       .columns = end - begin,
                       .in = padded_,
+                      .cold = true,
                       .out = out + begin,
                       .out_stride = args_.out.stride[0]};
     const bool widen = rows_ >= kRowsToWiden && part.dtype != DType::kF32;
@@ -211,6 +211,7 @@ class Product {
     }
     auto* wide = reinterpret_cast<float*>(
         context_.Scratch(thread, kernels_.float_columns * padded_ * sizeof(float)));
+    tile.cold = false;
     for (int64_t c = begin; c < end; c += kernels_.float_columns) {
       tile.columns = std::min<int64_t>(kernels_.float_columns, end - c);
       for (int64_t i = 0; i < tile.columns; ++i) {
@@ -226,7 +227,7 @@ class Product {
 
   void ComputeBlocks(const BlockKernels& kernels, const View& part, int64_t begin, int64_t end,
                      float* out, int thread) {
-    if (kernels.dot != nullptr && rows_ < kRowsToUnpack) {
+    if (rows_ <= kernels.dot_rows) {
       DotBlocks(kernels, part, begin, end, out);
       return;
     }

@@ -112,7 +112,10 @@ LONGSPAN_AVX512 inline void MultiplyFloatTile(const FloatTile& t, int64_t row, i
     LONGSPAN_UNROLL
     for (int c = 0; c < C; ++c) sum[r][c] = _mm512_setzero_ps();
   }
+  const bool cold = t.cold && row == 0;
+  const std::byte* next = w[C - 1] + t.weight_stride;
   for (int64_t i = 0; i < t.in; i += 16) {
+    if (cold) Prefetch<16 * kBytes * C>(next + i * kBytes * C);
     __m512 weights[C];
     LONGSPAN_UNROLL
     for (int c = 0; c < C; ++c) weights[c] = LoadWeights<kType>(w[c] + i * kBytes);

@@ -31,6 +31,7 @@ struct FloatTile {
   int64_t weight_stride;  // bytes
   int64_t columns;
   int64_t in;  // a multiple of kFloatPadding
+  bool cold;   // the weights come from memory, the rows after them will be next
   float* out;
   int64_t out_stride;
 };
@@ -80,7 +81,8 @@ struct FloatKernels {
 struct BlockKernels {
   void (*unpack)(const std::byte* const outputs[kPanel], int64_t in, const Panel& panel);
   void (*multiply)(const BlockTile& tile);
-  void (*dot)(const BlockDot& dot);  // nullptr: none better than a panel
+  void (*dot)(const BlockDot& dot);
+  int dot_rows;  // calls of at most so many rows are faster by `dot` than by a panel
 };
 
 struct MatMulKernels {

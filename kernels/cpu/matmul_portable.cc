@@ -122,7 +122,7 @@ void MultiplyBlocks(const BlockTile& t) {
 
 template <class Format>
 constexpr BlockKernels BlockEntry() {
-  return {Unpack<Format>, MultiplyBlocks<Format>, nullptr};
+  return {Unpack<Format>, MultiplyBlocks<Format>, nullptr, 0};
 }
 
 template <DType kType>
