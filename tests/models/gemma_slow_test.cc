@@ -1,13 +1,11 @@
 // Gemma 3 270M from its GGUF file, whose weights stay quantised, against the same weights
-// dequantised to fp32 (tests/golden/gemma_perplexity.py). The file is $LONGSPAN_GEMMA_GGUF, or the
-// one that models/get keeps, fetched if need be.
+// dequantised to fp32 (tests/golden/gemma_perplexity.py).
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
-#include <filesystem>
 
+#include "tests/support/gemma_file.h"
 #include "tests/support/golden.h"
 #include "tests/support/model_runner.h"
 #include "tests/support/paths.h"
@@ -15,21 +13,12 @@
 namespace longspan {
 namespace {
 
-std::string GemmaFile() {
-  if (const char* path = std::getenv("LONGSPAN_GEMMA_GGUF")) return path;
-  const std::string path = testing::SourcePath("models/downloads/gemma-3-270m.gguf");
-  if (!std::filesystem::exists(path)) {
-    const std::string get = testing::SourcePath("models/get") + " gemma-3-270m";
-    CHECK_EQ(std::system(get.c_str()), 0) << get;
-  }
-  return path;
-}
-
 class Gemma270M : public ::testing::Test {
  protected:
   static void SetUpTestSuite() {
     backend_ = Backend::Cpu({.threads = 2}).release();
-    auto loaded = LoadModel(GemmaFile(), *backend_, {.max_rows = 256, .max_logit_rows = 256});
+    auto loaded =
+        LoadModel(testing::GemmaFile(), *backend_, {.max_rows = 256, .max_logit_rows = 256});
     CHECK(loaded.ok()) << loaded.status();
     loaded_ = new LoadedModel(*std::move(loaded));
   }

@@ -11,6 +11,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_replace.h"
+#include "tests/support/golden.h"
 #include "tests/support/paths.h"
 #include "tests/support/tokenizer_case.h"
 #include "tests/support/tokenizer_golden.h"

@@ -2,26 +2,13 @@
 
 #include <gtest/gtest.h>
 
-#include <fstream>
-#include <nlohmann/json.hpp>
-#include <sstream>
-
 #include "absl/strings/escaping.h"
-#include "kernels/check.h"
-#include "tests/support/paths.h"
+#include "tests/support/golden.h"
 
 namespace longspan::testing {
 
-std::string ReadFile(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  CHECK(file.good()) << path;
-  std::stringstream text;
-  text << file.rdbuf();
-  return text.str();
-}
-
 std::vector<TokenizerGolden> ReadTokenizerGoldens(const std::string& name) {
-  const auto json = nlohmann::json::parse(ReadFile(SourcePath("tests/golden/tokenizer/" + name)));
+  const auto json = ReadGolden("tokenizer/" + name);
   std::vector<TokenizerGolden> cases;
   for (const auto& entry : json["cases"]) {
     TokenizerGolden golden;

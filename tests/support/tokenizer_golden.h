@@ -19,6 +19,4 @@ std::vector<TokenizerGolden> ReadTokenizerGoldens(const std::string& name);
 // Fails the running test for each case whose ids differ, or whose text does not come back.
 void ExpectTokenizerGoldens(const Tokenizer& tokenizer, const std::vector<TokenizerGolden>& cases);
 
-std::string ReadFile(const std::string& path);
-
 }  // namespace longspan::testing

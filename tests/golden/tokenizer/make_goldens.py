@@ -1,20 +1,23 @@
 """Writes the tokenizer goldens from the reference implementations, for the strings of cases.py.
 
 usage: make_goldens.py default.json   MODEL_DIR                     (Python package sentencepiece 0.2.0)
-       make_goldens.py gemma.json     GEMMA_GGUF LLAMA_TOKENIZE     (the same, and llama.cpp's llama-tokenize)
+       make_goldens.py gemma.json     GEMMA_GGUF LIBLLAMA           (the same, and llama.cpp's libllama.so)
 
 Each case has the ids without a beginning-of-sequence token, "special" with control tokens in the text
 taken as tokens and "plain" with them as text. sentencepiece takes user-defined symbols anywhere and
 control symbols nowhere, so the reference is made from the model with the markers' types set so.
-For Gemma the ids are llama.cpp's; where sentencepiece's differ, they stand beside them.
+For Gemma the ids are llama.cpp's; where sentencepiece's differ, they stand beside them, and Longspan
+gives those:
+- a byte that is not UTF-8 is U+FFFD for sentencepiece, and its own byte token for llama.cpp;
+- U+2581 in the text is a space for sentencepiece everywhere, so that two of them are the user-defined
+  token of two spaces; llama.cpp looks for user-defined tokens before it turns spaces into U+2581;
+- </s> is a user-defined token (HTML) in this vocabulary; llama.cpp takes it for a control token by name.
 """
 
-import concurrent.futures
+import ctypes
 import json
 import struct
-import subprocess
 import sys
-import tempfile
 
 import sentencepiece
 from cases import cases
@@ -74,14 +77,32 @@ def model_from_gguf(path):
     return proto
 
 
-def llama_ids(tool, gguf, text, mode):
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(text)
-        file.flush()
-        command = [tool, "-m", gguf, "-f", file.name, "--ids", "--no-bos", "--no-escape", "--log-disable"]
-        if mode == "plain":
-            command.append("--no-parse-special")
-        return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+class LlamaModelParams(ctypes.Structure):
+    """Only handed from one call to the next, so its size need only be enough."""
+
+    _fields_ = [("opaque", ctypes.c_char * 512)]
+
+
+class Llama:
+    """What `llama-tokenize --no-bos --no-escape --ids` prints, without a process for each string."""
+
+    def __init__(self, library, gguf):
+        self.lib = ctypes.CDLL(library)
+        self.lib.llama_model_default_params.restype = LlamaModelParams
+        self.lib.llama_model_load_from_file.argtypes = [ctypes.c_char_p, LlamaModelParams]
+        self.lib.llama_model_load_from_file.restype = ctypes.c_void_p
+        self.lib.llama_model_get_vocab.argtypes = [ctypes.c_void_p]
+        self.lib.llama_model_get_vocab.restype = ctypes.c_void_p
+        self.lib.llama_tokenize.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32, ctypes.c_void_p,
+                                            ctypes.c_int32, ctypes.c_bool, ctypes.c_bool]
+        model = self.lib.llama_model_load_from_file(gguf.encode(), self.lib.llama_model_default_params())
+        self.vocab = self.lib.llama_model_get_vocab(model)
+
+    def encode(self, text, special):
+        ids = (ctypes.c_int32 * (4 * len(text) + 16))()
+        count = self.lib.llama_tokenize(self.vocab, text, len(text), ids, len(ids), False, special)
+        assert count >= 0
+        return list(ids[:count])
 
 
 def case(text):
@@ -106,10 +127,8 @@ def make_default(path, model_dir):
     reference = sentencepiece_ids(model, lambda p: p.type in (CONTROL, USER))
     rows = []
     for text in cases():
-        assert b"<unk>" not in text or unknown >= 0
         row = case(text)
         for mode, encode in reference.items():
-            # Python's sentencepiece takes str; its own replacement of stray bytes is the library's.
             row[mode] = split_unknown(encode, text, unknown if mode == "special" else None)
         rows.append(row)
     write(path, f"models/default, by sentencepiece {sentencepiece.__version__} (make_goldens.py)", rows)
@@ -125,23 +144,22 @@ def split_unknown(encode, text, unknown):
     return ids
 
 
-def make_gemma(path, gguf, tool):
+def make_gemma(path, gguf, library):
     model = model_from_gguf(gguf)
     unknown = next(i for i, p in enumerate(model.pieces) if p.type == UNKNOWN)
     reference = sentencepiece_ids(model, lambda p: p.type == CONTROL)
-    texts = cases()
-    rows = [case(text) for text in texts]
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    llama = Llama(library, gguf)
+    rows = []
+    for text in cases():
+        row = case(text)
         for mode, encode in reference.items():
-            found = pool.map(lambda text, mode=mode: llama_ids(tool, gguf, text, mode), texts)
-            for row, text, ids in zip(rows, texts, found):
-                row[mode] = ids
-                other = split_unknown(encode, text, unknown if mode == "special" else None)
-                if other != ids:
-                    row[mode + "_sentencepiece"] = other
-    version = subprocess.run([tool, "--version"], capture_output=True, text=True).stderr.split("\n")[0]
-    about = f"Gemma 3 270M's GGUF, by llama.cpp's llama-tokenize ({version}) and sentencepiece {sentencepiece.__version__}"
-    write(path, about + " (make_goldens.py)", rows)
+            row[mode] = llama.encode(text, mode == "special")
+            other = split_unknown(encode, text, unknown if mode == "special" else None)
+            if other != row[mode]:
+                row[mode + "_sentencepiece"] = other
+        rows.append(row)
+    about = f"Gemma 3 270M's GGUF, by llama.cpp and sentencepiece {sentencepiece.__version__} (make_goldens.py)"
+    write(path, about, rows)
 
 
 if __name__ == "__main__":
