@@ -82,9 +82,13 @@ LONGSPAN_TARGET void Softmax(float* scores, float previous_max, float* max, floa
   }
   float highest = previous_max;
   for (int i = 0; i < kLanes; ++i) highest = tops[i] > highest ? tops[i] : highest;
-  for (int k = 0; k < kBlockKeys; ++k) scores[k] = Exp(scores[k] - highest);
   Lanes total = {};
-  for (int k = 0; k < kBlockKeys; k += kLanes) total += *reinterpret_cast<Lanes*>(scores + k);
+  for (int k = 0; k < kBlockKeys; k += kLanes) {
+    Lanes& some = *reinterpret_cast<Lanes*>(scores + k);
+    const Lanes below = some - highest;
+    Exp(below, some);
+    total += some;
+  }
   *max = highest;
   *sum = ((total[0] + total[1]) + (total[2] + total[3])) +
          ((total[4] + total[5]) + (total[6] + total[7]));
