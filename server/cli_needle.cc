@@ -2,6 +2,7 @@
 #include <signal.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <fstream>
@@ -303,6 +304,9 @@ void NeedleClient::Header() {
       v1::ModelService::NewStub(channel_)->GetModel(&model_context, {}, &model);
   if (!info_status.ok() || !model_status.ok()) return;  // the run itself will tell what is wrong
   report_.model = model.model().id();
+  for (const auto& layer : model.model().layers()) {
+    report_.window = std::max(report_.window, static_cast<int>(layer.window_tokens()));
+  }
   report_.version = absl::StrCat(info.version(), " (", info.git_commit(), ")");
   std::cerr << absl::StreamFormat(
       "%s, longspan %s on %s, tokenizer %s\n%d lengths x %d depths x %d trials, task %s, haystack "

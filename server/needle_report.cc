@@ -207,7 +207,9 @@ std::vector<HeadMass> HeadsByMass(const NeedleReport& report) {
   std::map<std::pair<uint32_t, uint32_t>, HeadMass> sums;
   int cells = 0;
   for (const v1::NeedleCell& cell : report.cells) {
-    cells += !cell.layers().empty();
+    const int64_t back = int64_t{cell.prompt_tokens()} - int64_t{cell.needle_token_end()};
+    if (cell.layers().empty() || back < 2 * report.window) continue;
+    ++cells;
     for (const v1::LayerNeedleMass& layer : cell.layers()) {
       for (int h = 0; h < layer.head_mass_size(); ++h) {
         HeadMass& sum = sums[{layer.layer(), h}];
@@ -310,8 +312,10 @@ std::string ReportText(const NeedleReport& report, int worst) {
   }
   const std::vector<HeadMass> heads = HeadsByMass(report);
   if (heads.empty()) return out;
-  absl::StrAppendFormat(&out, "\nretrieval heads (mean attention on the needle above %g)\n",
-                        kRetrievalMass);
+  absl::StrAppendFormat(&out,
+                        "\nretrieval heads (mean attention above %g on needles more than %d tokens "
+                        "back)\n",
+                        kRetrievalMass, 2 * report.window);
   for (const HeadMass& head : heads) {
     if (head.mass <= kRetrievalMass) break;
     absl::StrAppendFormat(&out, "  layer %-2d %-7s  head %-2d  %.3f\n", head.layer,

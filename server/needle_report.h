@@ -22,6 +22,7 @@ Interval Wilson(double successes, int n);
 struct NeedleReport {
   v1::RunNeedleRequest request;        // the grid
   std::string run_id, model, version;  // of the server
+  int window = 0;                      // of its sliding layers, in tokens
   double seconds = 0;
   bool complete = false;              // every cell is there
   std::vector<v1::NeedleCell> cells;  // one per (length, depth, trial) at most
@@ -38,7 +39,9 @@ struct HeadMass {
   v1::LayerKind kind = v1::LAYER_KIND_UNSPECIFIED;
   double mass = 0;  // mean over cells
 };
-// A head counts as a retrieval head from this mean mass on the needle (the paper's threshold).
+// A head counts as a retrieval head from this mean mass on the needle, over cells whose needle lies
+// more than two windows before the answer: nearer ones are in reach of every head (the paper's
+// threshold and rule).
 inline constexpr double kRetrievalMass = 0.1;
 
 MeanScore Overall(const NeedleReport& report);

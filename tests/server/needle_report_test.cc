@@ -35,6 +35,8 @@ NeedleReport Sample() {
     cell.set_context_length(report.request.context_lengths(static_cast<int>(cell.length_index())));
     cell.set_depth_percent(report.request.depth_percents(static_cast<int>(cell.depth_index())));
     cell.set_score(i == 3 ? 0.f : 1.f);
+    cell.set_prompt_tokens(1000);
+    cell.set_needle_token_end(cell.depth_index() == 0 ? 500 : 950);
     cell.set_expected("1234567");
     cell.set_answer(i == 3 ? "</script><b>&\x01 nothing" : "1234567");
     v1::LayerNeedleMass* layer = cell.add_layers();
@@ -119,6 +121,18 @@ TEST(NeedleReport, NamesTheHeadsAboveTheThreshold) {
   const std::string text = ReportText(Sample(), 3);
   EXPECT_NE(text.find("layer 5  full     head 0   0.900"), std::string::npos) << text;
   EXPECT_NE(text.find("largest of the other full heads: 0.050"), std::string::npos) << text;
+}
+
+TEST(NeedleReport, CountsNoHeadForANeedleWithinTwoWindows) {
+  NeedleReport report = Sample();
+  report.window = 64;
+  for (v1::NeedleCell& cell : report.cells) {
+    const bool near = cell.needle_token_end() == 950;  // 50 tokens before the answer
+    cell.mutable_layers(0)->set_head_mass(1, near ? 1.f : 0.f);
+  }
+  for (const HeadMass& head : HeadsByMass(report)) {
+    EXPECT_NEAR(head.mass, head.head == 0 ? 0.9 : 0, 1e-6);
+  }
 }
 
 TEST(NeedleReport, SvgAndHtmlAreWellFormedWhateverTheModelSays) {
