@@ -45,8 +45,8 @@ struct OpTotals {
 };
 
 struct CpuOptions {
-  int threads = 0;         // 0: one per core that the process may run on
-  std::string simd = "";   // "": the best this machine has; else "avx512", "avx2" or "portable"
+  int threads = 0;        // 0: one per core that the process may run on
+  std::string simd = "";  // "": the best this machine has; else "avx512", "avx2" or "portable"
 };
 
 class Backend {
@@ -76,8 +76,9 @@ class Backend {
   }
 
   virtual Buffer Allocate(size_t bytes) = 0;
-  virtual void CopyIn(void* to, const void* from, size_t bytes) = 0;   // host to device
-  virtual void CopyOut(void* to, const void* from, size_t bytes) = 0;  // device to host, complete on return
+  virtual void CopyIn(void* to, const void* from, size_t bytes) = 0;  // host to device
+  virtual void CopyOut(void* to, const void* from,
+                       size_t bytes) = 0;  // device to host, complete on return
   virtual void CopyWithin(void* to, const void* from, size_t bytes) = 0;
 
   const OpTotals& Profile(OpId op) const { return profile_[static_cast<int>(op)]; }

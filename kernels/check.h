@@ -1,6 +1,6 @@
 #pragma once
-// CHECK for our own mistakes: prints file, line, condition and what is streamed, then aborts. What the
-// world can cause is an absl::Status instead.
+// CHECK for our own mistakes: prints file, line, condition and what is streamed, then aborts. What
+// the world can cause is an absl::Status instead.
 #include <cstdlib>
 #include <iostream>
 #include <sstream>

@@ -1,6 +1,7 @@
 #pragma once
-// Element types of activations, caches and weights. Quantised types are rows of blocks, laid out byte
-// for byte as GGUF stores them, so that a mapped file is a matrix. std only: nvcc compiles this.
+// Element types of activations, caches and weights. Quantised types are rows of blocks, laid out
+// byte for byte as GGUF stores them, so that a mapped file is a matrix. std only: nvcc compiles
+// this.
 #include <cstddef>
 #include <cstdint>
 
@@ -16,16 +17,26 @@ struct DTypeInfo {
 
 constexpr DTypeInfo Info(DType type) {
   switch (type) {
-    case DType::kF32: return {"F32", 1, 4};
-    case DType::kF16: return {"F16", 1, 2};
-    case DType::kBF16: return {"BF16", 1, 2};
-    case DType::kI32: return {"I32", 1, 4};
-    case DType::kQ8_0: return {"Q8_0", 32, 34};
-    case DType::kQ4_0: return {"Q4_0", 32, 18};
-    case DType::kQ5_0: return {"Q5_0", 32, 22};
-    case DType::kQ4_K: return {"Q4_K", 256, 144};
-    case DType::kQ5_K: return {"Q5_K", 256, 176};
-    case DType::kQ6_K: return {"Q6_K", 256, 210};
+    case DType::kF32:
+      return {"F32", 1, 4};
+    case DType::kF16:
+      return {"F16", 1, 2};
+    case DType::kBF16:
+      return {"BF16", 1, 2};
+    case DType::kI32:
+      return {"I32", 1, 4};
+    case DType::kQ8_0:
+      return {"Q8_0", 32, 34};
+    case DType::kQ4_0:
+      return {"Q4_0", 32, 18};
+    case DType::kQ5_0:
+      return {"Q5_0", 32, 22};
+    case DType::kQ4_K:
+      return {"Q4_K", 256, 144};
+    case DType::kQ5_K:
+      return {"Q5_K", 256, 176};
+    case DType::kQ6_K:
+      return {"Q6_K", 256, 210};
   }
   return {"?", 1, 0};
 }

@@ -4,7 +4,8 @@
 // capability that it lacks. std only: nvcc compiles this.
 //
 // Laws that hold on every backend's ops:
-//  - a row's result depends on that row's inputs only, never on how many rows the call has or in which
+//  - a row's result depends on that row's inputs only, never on how many rows the call has or in
+//  which
 //    chunk of its sequence the row arrived (CPU: bitwise);
 //  - sums are accumulated in fp32 or wider; activations are F32 unless an op says otherwise;
 //  - ops take effect in call order and never allocate memory that outlives the call.
@@ -16,8 +17,8 @@
 
 namespace longspan {
 
-// Bytes and floating-point operations that an op must move at least (inputs read once, outputs written
-// once); divided by time it gives GB/s and FLOP/s.
+// Bytes and floating-point operations that an op must move at least (inputs read once, outputs
+// written once); divided by time it gives GB/s and FLOP/s.
 struct Work {
   int64_t bytes = 0;
   int64_t flops = 0;
@@ -37,9 +38,9 @@ struct RmsNormArgs {
   float eps = 1e-6f;
 };
 
-// out = x · weightᵀ, the parts' columns side by side: out[:, 0:n0] from parts[0] and so on (q|k|v and
-// gate|up are products of one input). x: [rows, in]; parts: [n_i, in] any weight dtype;
-// out: [rows, n0 + n1 + n2]. Quantised weights are multiplied from their blocks.
+// out = x · weightᵀ, the parts' columns side by side: out[:, 0:n0] from parts[0] and so on (q|k|v
+// and gate|up are products of one input). x: [rows, in]; parts: [n_i, in] any weight dtype; out:
+// [rows, n0 + n1 + n2]. Quantised weights are multiplied from their blocks.
 struct MatMulArgs {
   View x;
   View parts[3];
@@ -49,15 +50,16 @@ struct MatMulArgs {
 
 // Rotates pairs of the first 2 * frequencies dims of each head in place by position * frequency.
 // x: [rows, heads, head_dim]; positions: [rows] I32; frequencies: [rotary_dim / 2] F32, radians per
-// token. interleaved: pairs (2i, 2i+1), else (i, i + rotary_dim / 2). `magnitude` scales the rotated dims.
+// token. interleaved: pairs (2i, 2i+1), else (i, i + rotary_dim / 2). `magnitude` scales the
+// rotated dims.
 struct RopeArgs {
   View x, positions, frequencies;
   bool interleaved = false;
   float magnitude = 1;
 };
 
-// One ragged batch of sequences in a step: sequence s owns rows [row_begin[s], row_begin[s + 1]) of the
-// step, at positions start[s], start[s] + 1, …  Its earlier positions lie in the caches.
+// One ragged batch of sequences in a step: sequence s owns rows [row_begin[s], row_begin[s + 1]) of
+// the step, at positions start[s], start[s] + 1, …  Its earlier positions lie in the caches.
 struct RaggedBatch {
   int sequences = 0;
   int rows = 0;
@@ -65,13 +67,13 @@ struct RaggedBatch {
   const int32_t* start = nullptr;      // [sequences]
 };
 
-// Softmax attention of each row over its sequence's cached positions (from `cache`, positions < start)
-// and the step's own earlier rows (from `key` / `value`), causal. window W > 0: the row at t sees
-// t - W < j <= t, Hugging Face's convention; 0: all j <= t. Keys are visited in blocks aligned to
-// absolute positions, so chunking never changes a result.
-// query, out: [rows, heads, head_dim] F32; key, value: [rows, kv_heads, head_dim] in the cache's dtype.
-// softcap c > 0: logits become c * tanh(logit / c). sinks: [heads] F32 or empty: one extra logit per
-// head that takes mass and adds no value.
+// Softmax attention of each row over its sequence's cached positions (from `cache`, positions <
+// start) and the step's own earlier rows (from `key` / `value`), causal. window W > 0: the row at t
+// sees t - W < j <= t, Hugging Face's convention; 0: all j <= t. Keys are visited in blocks aligned
+// to absolute positions, so chunking never changes a result. query, out: [rows, heads, head_dim]
+// F32; key, value: [rows, kv_heads, head_dim] in the cache's dtype. softcap c > 0: logits become c
+// * tanh(logit / c). sinks: [heads] F32 or empty: one extra logit per head that takes mass and adds
+// no value.
 struct AttentionArgs {
   View query, key, value, out;
   KvView cache;
@@ -83,9 +85,9 @@ struct AttentionArgs {
   SpanRequest spans;
 };
 
-// Writes the step's keys and values into the cache after attention has read it: all rows, or on a ring
-// (window > 0) only each sequence's last `window` rows. key, value: [rows, kv_heads, head_dim] in the
-// cache's dtype.
+// Writes the step's keys and values into the cache after attention has read it: all rows, or on a
+// ring (window > 0) only each sequence's last `window` rows. key, value: [rows, kv_heads, head_dim]
+// in the cache's dtype.
 struct StoreKvArgs {
   View key, value;
   KvView cache;
@@ -135,9 +137,10 @@ Work Cost(const GatherArgs& a);
 Work Cost(const SoftcapArgs& a);
 
 // The single list of ops: the table, the profile and the names are made from it.
-#define LONGSPAN_OPS(X)                                                                          \
-  X(Embed) X(RmsNorm) X(MatMul) X(Rope) X(Attention) X(StoreKv) X(Convert) X(GatedActivation) \
-      X(Add) X(Gather) X(Softcap)
+#define LONGSPAN_OPS(X)                                                                     \
+  X(Embed)                                                                                  \
+  X(RmsNorm) X(MatMul) X(Rope) X(Attention) X(StoreKv) X(Convert) X(GatedActivation) X(Add) \
+      X(Gather) X(Softcap)
 
 enum class OpId : uint8_t {
 #define LONGSPAN_OP_ID(name) k##name,

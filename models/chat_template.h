@@ -29,7 +29,8 @@ class ChatTemplate {
   // The prompt text, without the beginning-of-sequence token. InvalidArgument names the turn and
   // why: unknown role, roles that do not alternate, empty list, control tokens inside content (so
   // that no message can forge a turn). A first system message is put before the first user message,
-  // as Gemma was trained; content is stripped of white space around it (a message to be continued, only before it).
+  // as Gemma was trained; content is stripped of white space around it (a message to be continued,
+  // only before it).
   absl::StatusOr<std::string> Render(absl::Span<const ChatTurn> turns, bool add_generation_prompt,
                                      bool continue_final_message) const;
 

@@ -40,8 +40,8 @@ class Model {
   // Runs the step: reads and extends the caches, returns logits [logit_rows, vocab] F32 in the
   // backend's memory, valid until the next Forward.
   View Forward(const Step& step);
-  // Logits of more rows of the last step: `rows` [n] I32 in the backend's memory, n <= max_logit_rows.
-  // Overwrites what Forward returned.
+  // Logits of more rows of the last step: `rows` [n] I32 in the backend's memory, n <=
+  // max_logit_rows. Overwrites what Forward returned.
   View Logits(const View& rows);
   int max_logit_rows() const { return options_.max_logit_rows; }
 

@@ -49,8 +49,7 @@ void Print(const v1::SpanSnapshot& snapshot, const Column& column, bool colour) 
     for (float v : (layer.*column.values)()) {
       const double shade = column.tokens ? std::log1p(v) / std::log1p(highest) : v;
       std::cout << (colour ? cli::HeatCell(shade, true) : "")
-                << absl::StreamFormat(column.tokens ? "%7.1f " : "%7.3f ", v)
-                << (colour ? "" : " ");
+                << absl::StreamFormat("%7.*f ", column.tokens ? 1 : 3, v) << (colour ? "" : " ");
     }
     std::cout << "\n";
   }

@@ -144,7 +144,7 @@ absl::Status Server::Impl::Listen(std::function<void()> request_shutdown) {
 }
 
 std::vector<HttpDoor::Route> Server::Impl::Routes() {
-  constexpr char kExposition[] = "text/plain; version=0.0.4; charset=utf-8";
+  static constexpr char kExposition[] = "text/plain; version=0.0.4; charset=utf-8";
   return {
       {"/metrics",
        [this] {

@@ -20,7 +20,7 @@ std::unique_ptr<Model> LoadTestModel(const std::string& path, Backend& backend, 
 
 ModelRunner::ModelRunner(Backend& backend, Model& model, int sequences, int max_tokens,
                          int page_tokens)
-    : backend_(backend), model_(model), done_(sequences) {
+    : model_(model), done_(sequences) {
   CHECK(backend.host_memory());
   for (const LayerSpec& layer : model.spec().layers) {
     const auto& a = std::get<AttentionSpec>(layer.mixer);

@@ -40,7 +40,6 @@ class ModelRunner {
     int window = 0;
     KvView view;
   };
-  Backend& backend_;
   Model& model_;
   std::vector<LayerCache> layers_;
   std::vector<int64_t> done_;
