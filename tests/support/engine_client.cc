@@ -69,7 +69,7 @@ bool Client::done() const {
   return state_->done;
 }
 
-Outcome Run(Engine& engine, Request request) {
+Outcome Complete(Engine& engine, Request request) {
   Client client(engine, request.n);
   if (absl::Status submitted = client.Submit(std::move(request)); !submitted.ok()) {
     Outcome outcome;

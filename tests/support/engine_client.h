@@ -47,7 +47,7 @@ class Client {
 };
 
 // Submits and waits; a refused request has its refusal as the status.
-Outcome Run(Engine& engine, Request request);
+Outcome Complete(Engine& engine, Request request);
 bool SameTokens(const Outcome& a, const Outcome& b);
 bool SameLogprobs(const std::vector<TokenLogprob>& a, const std::vector<TokenLogprob>& b);
 
