@@ -160,6 +160,7 @@ bool Engine::Impl::RunStep() {
     CHECK_GE(it->second.sequence->cache, 0) << "the scheduler admitted more than max_running";
     LeaveQueue(*it->second.active);
   }
+  if (!batch.admitted.empty()) Publish();  // the queue is shorter before the step, not after it
   if (!batch.items.empty()) Execute(batch);
   Publish();
   return !batch.items.empty() || !batch.expired.empty();

@@ -194,7 +194,9 @@ TEST(Engine, CancelEndsARequestWithinOneStepAtEveryPoint) {
     int deltas = 0;
     client.on_event = [&](const Event& event) {
       if (event.kind != Event::Kind::kDelta) return;
-      if (deltas++ == after) EXPECT_TRUE(engine.Cancel(request.id));
+      if (deltas++ == after) {
+        EXPECT_TRUE(engine.Cancel(request.id));
+      }
     };
     ASSERT_EQ(client.Submit(request), absl::OkStatus());
     if (after == 0) engine.Cancel(request.id);
