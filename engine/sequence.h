@@ -35,7 +35,6 @@ class Sequence {
 
   Ticket ticket = 0;
   SequenceId cache = -1;  // -1: none (queued or preempted)
-  bool counted_in_spans = false;
 
  private:
   const TokenHistory* History();
