@@ -137,11 +137,11 @@ Work Cost(const GatherArgs& a);
 Work Cost(const SoftcapArgs& a);
 
 // The single list of ops: the table, the profile and the names are made from it.
-#define LONGSPAN_OPS(X)                                                                    \
-  X(Embed)                                                                                 \
-  X(RmsNorm)                                                                               \
-  X(MatMul) X(Rope) X(Attention) X(StoreKv) X(Convert) X(GatedActivation) X(Add) X(Gather) \
-      X(Softcap)
+#define LONGSPAN_OPS(X) \
+  X(Embed)              \
+  X(RmsNorm)            \
+  X(MatMul)             \
+  X(Rope) X(Attention) X(StoreKv) X(Convert) X(GatedActivation) X(Add) X(Gather) X(Softcap)
 
 enum class OpId : uint8_t {
 #define LONGSPAN_OP_ID(name) k##name,

@@ -95,6 +95,7 @@ class DrainCall : public grpc::ServerWriteReactor<v1::DrainResponse> {
       }
       until_ = absl::Now() + grace;
     }
+    frontend_.set_ready(false);
     frontend_.engine.Drain();
     Report();
   }
@@ -112,17 +113,22 @@ class DrainCall : public grpc::ServerWriteReactor<v1::DrainResponse> {
     StartWrite(&response_);
   }
   void OnWriteDone(bool ok) override {
-    if (!ok) return Finish(grpc::Status::CANCELLED);
+    if (!ok) return Leave();
     if (response_.done()) {
       if (shutdown_) frontend_.request_shutdown();
       return Finish(grpc::Status::OK);
     }
     alarm_.Set(std::chrono::system_clock::now() + std::chrono::milliseconds(100),
                [this](bool fired) {
-                 if (!fired || cancelled_.load()) return Finish(grpc::Status::CANCELLED);
+                 if (!fired || cancelled_.load()) return Leave();
                  Report();
                });
     if (cancelled_.load()) alarm_.Cancel();
+  }
+  // Whoever asked no longer listens; what was asked for goes on.
+  void Leave() {
+    if (shutdown_) frontend_.request_shutdown();
+    Finish(grpc::Status::CANCELLED);
   }
   void OnCancel() override {
     cancelled_.store(true);
@@ -180,6 +186,7 @@ class AdminServiceImpl final : public v1::AdminService::CallbackService {
   grpc::ServerUnaryReactor* Resume(grpc::CallbackServerContext* context, const v1::ResumeRequest*,
                                    v1::ResumeResponse*) override {
     f_.engine.Resume();
+    f_.set_ready(true);
     return Done(context);
   }
 

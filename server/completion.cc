@@ -8,7 +8,7 @@ namespace {
 
 std::string EchoOf(const Frontend& frontend, const v1::OutputOptions& options,
                    const Request& converted) {
-  if (!options.echo()) return "";
+  if (!options.echo() || (options.has_return_text() && !options.return_text())) return "";
   return frontend.conversion.tokenizer->Decode(converted.prompt,
                                                converted.output.skip_special_tokens);
 }

@@ -53,6 +53,8 @@ std::optional<int> ReadConfig(int argc, char** argv, ServerConfig* config) {
                  "after SIGTERM, time not ready before new requests are refused");
   flags.Duration("shutdown-timeout", &c.shutdown_timeout,
                  "after SIGTERM, time for accepted requests to finish");
+  flags.Choice("log-level", &c.log_level, {"debug", "info", "warning", "error"},
+               "what is logged to stderr; prompts and answers never are");
   flags.Epilogue(
       "Examples:\n"
       "  longspan serve\n"

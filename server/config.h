@@ -27,14 +27,17 @@ struct ServerConfig {
   int64_t max_queued_tokens = 8 << 20;
   int max_context = 0;  // 0: the model's
   int page_tokens = 16;
-  int64_t cache_bytes = 0;                           // 0: 512 MiB, or one context if that is more
-  std::string attention_metrics = "head";            // off | layer | head
-  int attention_sample_every = 16;                   // decode steps; 1 observes each
-  std::string metrics_compat = "vllm";               // or "none"
-  int64_t max_message_bytes = 64 << 20;              // a million packed token ids are 3-4 MB
-  int64_t max_prompt_bytes = 16 << 20;               // checked before tokenizing
-  int max_concurrent_streams = 1024;                 // of one connection
-  absl::Duration stall_timeout = absl::Seconds(30);  // of a reader that takes nothing
+  int64_t cache_bytes = 0;                 // 0: 512 MiB, or one context if that is more
+  std::string attention_metrics = "head";  // off | layer | head
+  int attention_sample_every = 16;         // decode steps; 1 observes each
+  std::string metrics_compat = "vllm";     // or "none"
+  // A million packed token ids are 3-4 MB; above 64 MiB, so that a prompt of 64 MiB is still
+  // answered by us, with the field's name.
+  int64_t max_message_bytes = 65 << 20;
+  int64_t max_prompt_bytes = 8 << 20;  // checked before tokenizing, which takes a second per 8 MiB
+  int max_concurrent_streams = 1024;   // of one connection
+  std::string log_level = "info";      // debug | info | warning | error
+  absl::Duration stall_timeout = absl::Seconds(30);        // of a reader that takes nothing
   absl::Duration withdrawal_grace = absl::ZeroDuration();  // from "not ready" to refusing requests
   absl::Duration shutdown_timeout = absl::Seconds(45);     // for accepted requests to finish
 };

@@ -20,6 +20,8 @@ struct Frontend {
   ConversionContext conversion;
   std::string device;
   std::string model_path;
+  // Tells health checks whether new requests are welcome; nothing is refused by it.
+  std::function<void(bool)> set_ready;
   // Starts an orderly end of the process, as SIGTERM does (AdminService.Drain with shutdown).
   std::function<void()> request_shutdown;
   std::string instance_id = NewId("ls-");

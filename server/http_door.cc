@@ -13,6 +13,8 @@ struct HttpDoor::Impl {
   mg_context* context = nullptr;
   int port = 0;
 
+  // CivetWeb answers what it cannot parse by itself and never looks for files: no document_root is
+  // set.
   static int Handle(mg_connection* connection, void* data) {
     const auto& self = *static_cast<Impl*>(data);
     const mg_request_info* info = mg_get_request_info(connection);
@@ -21,6 +23,7 @@ struct HttpDoor::Impl {
     const std::string header = absl::StrCat(
         "HTTP/1.1 ", page.status, " ", mg_get_response_code_text(connection, page.status),
         "\r\nContent-Type: ", page.content_type, "\r\nContent-Length: ", page.body.size(),
+        page.status == 405 ? "\r\nAllow: GET, HEAD" : "",
         "\r\nCache-Control: no-store\r\nConnection: close\r\n\r\n");
     mg_write(connection, header.data(), header.size());
     if (!head) mg_write(connection, page.body.data(), page.body.size());

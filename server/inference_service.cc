@@ -1,5 +1,7 @@
 #include "server/inference_service.h"
 
+#include <grpc/grpc.h>
+
 #include <atomic>
 #include <chrono>
 #include <deque>
@@ -10,6 +12,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
 #include "server/completion.h"
+#include "server/log.h"
 #include "server/status.h"
 
 namespace longspan {
@@ -22,6 +25,15 @@ absl::Time DeadlineOf(const grpc::CallbackServerContext& context) {
     return absl::InfiniteFuture();
   }
   return absl::FromChrono(deadline);
+}
+
+// INTERNAL is our fault and worth a line by default; everything else is the client's to know.
+void LogEnd(const std::string& id, const char* method, const absl::Status& status) {
+  Log(absl::IsInternal(status) ? LogLevel::kError : LogLevel::kDebug, "request ended",
+      {{"method", method},
+       {"request_id", id},
+       {"code", absl::StatusCodeToString(status.code())},
+       {"message", std::string(status.message())}});
 }
 
 // Which message holds what, for a completion and for a chat.
@@ -85,9 +97,8 @@ class UnaryCall : public grpc::ServerUnaryReactor {
     }
   }
   void End(const absl::Status& status) {
-    const grpc::Status answer = ToGrpc(status, context_);
-    frontend_.metrics.CountRpc(method_, CodeName(answer));
-    Finish(answer);
+    LogEnd(id_, method_, status);
+    Finish(ToGrpc(status, context_));
   }
   void OnCancel() override {
     if (submitted_ && !ended_.load()) frontend_.engine.Cancel(id_);
@@ -198,26 +209,34 @@ class StreamCall : public grpc::ServerWriteReactor<ResponseMessage> {
         this->StartWrite(&current_);
         return;
       case Action::kFinish: {
-        const grpc::Status answer =
-            ToGrpc(stalled_.load() ? absl::ResourceExhaustedError(absl::StrCat(
-                                         "the reader took nothing for ",
-                                         absl::FormatDuration(frontend_.watchdog.timeout())))
-                                   : status_,
-                   context_);
-        frontend_.metrics.CountRpc(method_, CodeName(answer));
-        this->Finish(answer);
+        const absl::Status status = stalled_.load() ? Stalled() : status_;
+        LogEnd(id_, method_, status);
+        this->Finish(ToGrpc(status, context_));
         return;
       }
     }
   }
 
-  // The write will not complete by itself: the transport is told to drop the call, which frees it.
+  absl::Status Stalled() const {
+    return absl::ResourceExhaustedError(
+        absl::StrCat("the reader took nothing for ",
+                     absl::FormatDuration(frontend_.watchdog.timeout()), " (--stall-timeout)"));
+  }
+  // The write will not complete by itself, and Finish would wait behind it: the transport is told
+  // to end the call at once, with the status that TryCancel could not give it.
   void OnStall() {
     stalled_.store(true);
-    frontend_.engine.Cancel(id_);
-    context_->TryCancel();
+    Abandon();
+    grpc_call_cancel_with_status(context_->c_call(), GRPC_STATUS_RESOURCE_EXHAUSTED,
+                                 std::string(Stalled().message()).c_str(), nullptr);
   }
-  void OnCancel() override {
+  void OnCancel() override { Abandon(); }
+  // Not once the request has ended: its id may be another's by then.
+  void Abandon() {
+    {
+      absl::MutexLock lock(&mu_);
+      if (ended_) return;
+    }
     if (submitted_) frontend_.engine.Cancel(id_);
   }
   void OnDone() override {
@@ -341,9 +360,9 @@ class InferenceServiceImpl final : public v1::InferenceService::CallbackService 
   grpc::ServerUnaryReactor* Answer(grpc::CallbackServerContext* context, const char* method,
                                    const Body& body) {
     grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
-    const grpc::Status status = ToGrpc(body(), context);
-    f_.metrics.CountRpc(method, CodeName(status));
-    reactor->Finish(status);
+    const absl::Status status = body();
+    LogEnd("", method, status);
+    reactor->Finish(ToGrpc(status, context));
     return reactor;
   }
 

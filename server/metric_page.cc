@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <map>
 
+#include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "engine/engine.h"
 #include "server/span_proto.h"
@@ -145,98 +147,155 @@ void AddEngineSeries(const Engine& engine, const Backend& backend, const std::st
 
 namespace {
 
-// One family: a sum over observed queries.
+// One family: a sum over observed queries. Divide by span_observations_total (sink_mass by
+// sink_observations_total), as rates, for a mean over any time and any number of servers.
 struct AttentionSeries {
   const char* name;
   const char* help;
   double HeadSums::*field;
 };
 constexpr AttentionSeries kAttentionSeries[] = {
-    {"observed_queries_total", "Decode queries observed; the denominator of the sums.",
+    {"span_observations_total", "Decode queries observed; the denominator of the sums.",
      &HeadSums::queries},
+    {"span_tokens_sum_total", "Mean attention distance in tokens, sinks excluded.",
+     &HeadSums::distance},
     {"far_mass_total", "Attention mass beyond the model's window, sinks excluded.",
      &HeadSums::far_mass},
     {"sink_mass_total", "Attention mass on the first 4 tokens, where the window is past them.",
      &HeadSums::sink_mass},
-    {"sink_observed_queries_total", "Queries that sink mass was summed over.",
-     &HeadSums::sink_queries},
-    {"span_tokens_total", "Mean attention distance in tokens, sinks excluded.",
-     &HeadSums::distance},
+    {"sink_observations_total", "Queries that sink mass was summed over.", &HeadSums::sink_queries},
     {"entropy_normalized_total", "Attention entropy over ln of the context.", &HeadSums::entropy},
     {"top1_probability_total", "Largest attention probability.", &HeadSums::top_probability},
     {"copy_hits_total", "Generated tokens that equal the far token attended to most.",
      &HeadSums::copy_hits},
 };
 
+// A head whose copy rate is above this is counted as a retrieval head (Wu et al., arXiv
+// 2404.15574).
+constexpr double kRetrievalRate = 0.1;
+
 std::string Padded(int value, int count) {
   return absl::StrFormat("%0*d", count > 100 ? 3 : 2, value);
 }
 
+// A layer that has attention, with its labels.
+struct AttentionLayer {
+  int index, heads;
+  MetricPage::Labels labels;
+  MetricPage::Labels With(const char* name, std::string value) const {
+    MetricPage::Labels all = labels;
+    all.emplace_back(name, std::move(value));
+    return all;
+  }
+};
+
+std::vector<AttentionLayer> AttentionLayers(const ModelSpec& spec, const SpanSums& sums) {
+  std::vector<AttentionLayer> layers;
+  for (int l = 0; l < sums.layers; ++l) {
+    const auto* attention = std::get_if<AttentionSpec>(&spec.layers[l].mixer);
+    if (attention == nullptr) continue;
+    layers.push_back({l,
+                      attention->heads,
+                      {{"layer", Padded(l, sums.layers)}, {"kind", KindName(spec.layers[l])}}});
+  }
+  return layers;
+}
+
+void AddHeads(const SpanSums& sums, const std::vector<AttentionLayer>& layers, MetricPage& page) {
+  for (const AttentionSeries& series : kAttentionSeries) {
+    for (const AttentionLayer& layer : layers) {
+      for (int h = 0; h < layer.heads; ++h) {
+        page.Counter(absl::StrCat("longspan_attention_", series.name), series.help,
+                     sums.at(layer.index, h).*series.field,
+                     layer.With("head", Padded(h, sums.heads)));
+      }
+    }
+  }
+  for (const AttentionLayer& layer : layers) {
+    for (int h = 0; h < layer.heads; ++h) {
+      const HeadSums& s = sums.at(layer.index, h);
+      page.Gauge("longspan_attention_head_span_tokens",
+                 "Mean attention distance since start or reset, sinks excluded.",
+                 s.queries > 0 ? s.distance / s.queries : 0,
+                 layer.With("head", Padded(h, sums.heads)));
+    }
+  }
+}
+
+// Each layer's mass by distance, twice: as counters by bucket, and as a classic histogram, whose
+// counts are whole numbers and therefore in thousandths of a query's mass.
+void AddDistances(const SpanSums& sums, const std::vector<AttentionLayer>& layers, int max_context,
+                  MetricPage& page) {
+  constexpr double kUnits = 1000;
+  int buckets = 1;  // those that a context can reach
+  while (buckets < kDistanceBuckets && std::ldexp(1.0, buckets - 1) < max_context) ++buckets;
+  std::vector<double> bounds;
+  for (int b = 0; b + 1 < buckets; ++b) bounds.push_back(std::ldexp(1.0, b) - 1);
+  bounds.push_back(std::numeric_limits<double>::infinity());
+  for (const AttentionLayer& layer : layers) {
+    std::vector<double> mass(buckets);
+    double distance = 0;
+    for (int h = 0; h < layer.heads; ++h) {
+      const HeadSums& s = sums.at(layer.index, h);
+      for (int b = 0; b < kDistanceBuckets; ++b) {
+        mass[std::min(b, buckets - 1)] += s.mass_by_distance[b];
+      }
+      distance += kUnits * s.distance;
+    }
+    for (int b = 0; b < buckets; ++b) {
+      page.Counter(
+          "longspan_attention_mass_by_distance_total",
+          "Attention mass over all heads; bucket 0: distance 0, k: from 2^(k-1) below 2^k.",
+          mass[b], layer.With("bucket", Padded(b, buckets)));
+    }
+    for (double& m : mass) m *= kUnits;
+    page.Histogram("longspan_attention_layer_span_tokens",
+                   "Attention mass by distance, in thousandths of a query's mass over all heads.",
+                   bounds, mass, distance, layer.labels);
+  }
+}
+
 }  // namespace
 
-void AddAttentionSeries(const Engine& engine, bool per_head, MetricPage& page) {
+void AddAttentionLayers(const Engine& engine, MetricPage& page) {
+  const SpanSnapshot snapshot = engine.spans().Snapshot();
+  const std::vector<AttentionLayer> layers =
+      AttentionLayers(engine.model().model->spec(), snapshot.sums);
+  for (const AttentionSeries& series : kAttentionSeries) {
+    for (const AttentionLayer& layer : layers) {
+      double sum = 0;
+      for (int h = 0; h < layer.heads; ++h) sum += snapshot.sums.at(layer.index, h).*series.field;
+      page.Counter(absl::StrCat("longspan_attention_layer_", series.name),
+                   absl::StrCat(series.help, " Summed over heads."), sum, layer.labels);
+    }
+  }
+  page.Counter("longspan_attention_sampled_steps_total", "Decode steps that were observed.",
+               static_cast<double>(snapshot.sampled_steps));
+  page.Counter("longspan_attention_dropped_steps_total",
+               "Decode steps that were due to be observed and were not.",
+               static_cast<double>(snapshot.dropped_steps));
+}
+
+void AddAttentionDetail(const Engine& engine, bool per_head, MetricPage& page) {
   const ModelSpec& spec = engine.model().model->spec();
   const SpanSnapshot snapshot = engine.spans().Snapshot();
-  const SpanSums& sums = snapshot.sums;
-  const std::string prefix = per_head ? "longspan_attention_" : "longspan_attention_layer_";
-  for (const AttentionSeries& series : kAttentionSeries) {
-    for (int l = 0; l < sums.layers; ++l) {
-      const auto* attention = std::get_if<AttentionSpec>(&spec.layers[l].mixer);
-      if (attention == nullptr) continue;
-      MetricPage::Labels labels = {{"layer", Padded(l, sums.layers)},
-                                   {"kind", KindName(spec.layers[l])}};
-      double layer_sum = 0;
-      for (int h = 0; h < attention->heads; ++h) layer_sum += sums.at(l, h).*series.field;
-      if (!per_head) {
-        page.Counter(prefix + series.name, std::string(series.help) + " Summed over heads.",
-                     layer_sum, labels);
-        continue;
-      }
-      labels.emplace_back("head", "");
-      for (int h = 0; h < attention->heads; ++h) {
-        labels.back().second = Padded(h, sums.heads);
-        page.Counter(prefix + series.name, series.help, sums.at(l, h).*series.field, labels);
-      }
+  const std::vector<AttentionLayer> layers = AttentionLayers(spec, snapshot.sums);
+  AddDistances(snapshot.sums, layers, engine.options().max_context, page);
+  std::map<std::string, int> retrieval;
+  for (const AttentionLayer& layer : layers) {
+    int& count = retrieval[KindName(spec.layers[layer.index])];
+    for (int h = 0; h < layer.heads; ++h) {
+      const HeadSums& s = snapshot.sums.at(layer.index, h);
+      count += s.queries > 0 && s.copy_hits > kRetrievalRate * s.queries;
     }
   }
-  if (per_head) {
-    for (int l = 0; l < sums.layers; ++l) {
-      const auto* attention = std::get_if<AttentionSpec>(&spec.layers[l].mixer);
-      if (attention == nullptr) continue;
-      for (int h = 0; h < attention->heads; ++h) {
-        const HeadSums& s = sums.at(l, h);
-        page.Gauge("longspan_attention_head_span_tokens",
-                   "Mean attention distance since start or reset, sinks excluded.",
-                   s.queries > 0 ? s.distance / s.queries : 0,
-                   {{"layer", Padded(l, sums.layers)},
-                    {"kind", KindName(spec.layers[l])},
-                    {"head", Padded(h, sums.heads)}});
-      }
-    }
-  } else {
-    // Where a layer's mass lies, as a histogram over distance in units of 1/1000 of a query's mass.
-    std::vector<double> bounds;
-    for (int b = 0; b + 1 < kDistanceBuckets; ++b) bounds.push_back(std::ldexp(1.0, b) - 1);
-    bounds.push_back(std::numeric_limits<double>::infinity());
-    for (int l = 0; l < sums.layers; ++l) {
-      const auto* attention = std::get_if<AttentionSpec>(&spec.layers[l].mixer);
-      if (attention == nullptr) continue;
-      std::vector<double> counts(kDistanceBuckets);
-      double distance = 0;
-      for (int h = 0; h < attention->heads; ++h) {
-        for (int b = 0; b < kDistanceBuckets; ++b) {
-          counts[b] += 1000 * sums.at(l, h).mass_by_distance[b];
-        }
-        distance += 1000 * sums.at(l, h).distance;
-      }
-      page.Histogram("longspan_attention_layer_mass_by_distance_tokens",
-                     "Attention mass by distance, in thousandths of a query's mass over all heads.",
-                     bounds, counts, distance,
-                     {{"layer", Padded(l, sums.layers)}, {"kind", KindName(spec.layers[l])}});
-    }
-    page.Counter("longspan_attention_sampled_steps_total", "Decode steps that were observed.",
-                 snapshot.sampled_steps);
+  for (const auto& [kind, count] : retrieval) {
+    page.Gauge(
+        "longspan_attention_retrieval_heads",
+        "Heads that copy from beyond the window in more than a tenth of the observed queries.",
+        count, {{"kind", kind}});
   }
+  if (per_head) AddHeads(snapshot.sums, layers, page);
 }
 
 }  // namespace longspan

@@ -32,6 +32,9 @@ class Engine;
 class Backend;
 void AddEngineSeries(const Engine& engine, const Backend& backend, const std::string& model_name,
                      bool vllm_aliases, MetricPage& page);
-void AddAttentionSeries(const Engine& engine, bool per_head, MetricPage& page);
+// Per layer, summed over heads: small enough for /metrics.
+void AddAttentionLayers(const Engine& engine, MetricPage& page);
+// For /metrics/attention: where each layer's mass lies and, if per_head, the layer × head matrices.
+void AddAttentionDetail(const Engine& engine, bool per_head, MetricPage& page);
 
 }  // namespace longspan

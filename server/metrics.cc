@@ -6,6 +6,7 @@
 #include <sstream>
 
 #include "absl/container/flat_hash_map.h"
+#include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/time/clock.h"
 #include "server/metric_page.h"
@@ -37,6 +38,28 @@ Histogram& Make(prometheus::Registry& registry, const char* name, const char* he
   return prometheus::BuildHistogram().Name(name).Help(help).Register(registry).Add(labels, buckets);
 }
 
+// Histograms that vLLM's dashboards and autoscalers read under its own names.
+void AddAliases(const std::string& model_name, std::vector<prometheus::MetricFamily>& families) {
+  static constexpr std::pair<const char*, const char*> kAliases[] = {
+      {"longspan_time_to_first_token_seconds", "vllm:time_to_first_token_seconds"},
+      {"longspan_inter_token_latency_seconds", "vllm:inter_token_latency_seconds"},
+      {"longspan_request_duration_seconds", "vllm:e2e_request_latency_seconds"}};
+  const size_t count = families.size();
+  for (const auto& [ours, theirs] : kAliases) {
+    for (size_t i = 0; i < count; ++i) {
+      if (families[i].name != ours) continue;
+      prometheus::MetricFamily alias = families[i];
+      alias.name = theirs;
+      alias.help = absl::StrCat("As ", ours, ".");
+      for (auto& metric : alias.metric) {
+        metric.label.push_back({"model_name", model_name});
+        metric.label.push_back({"engine", "0"});
+      }
+      families.push_back(std::move(alias));
+    }
+  }
+}
+
 std::string Serialize(std::vector<prometheus::MetricFamily> families) {
   std::ostringstream out;
   prometheus::TextSerializer().Serialize(out, families);
@@ -61,11 +84,12 @@ struct Metrics::Latencies {
         generation_tokens(Make(r, "longspan_request_generation_tokens",
                                "Tokens generated for a request, all choices.", kTokens)),
         batch_tokens(Make(r, "longspan_batch_tokens", "Token rows of a step.", kTokens)),
-        step_prefill(Make(r, "longspan_step_seconds", "Time of a step that reads a prompt.", kStep,
+        step_prefill(Make(r, "longspan_step_seconds",
+                          "Time of a step; prefill: it reads some prompt.", kStep,
                           {{"phase", "prefill"}})),
         step_decode(prometheus::BuildHistogram()
                         .Name("longspan_step_seconds")
-                        .Help("Time of a step that reads a prompt.")
+                        .Help("Time of a step; prefill: it reads some prompt.")
                         .Register(r)
                         .Add({{"phase", "decode"}}, kStep)) {}
 
@@ -79,8 +103,8 @@ Metrics::Metrics(std::string model_name, bool vllm_aliases)
                 .Help("Calls answered, by method and status code.")
                 .Register(registry_)),
       needle_(prometheus::BuildGauge()
-                  .Name("longspan_needle_score_ratio")
-                  .Help("Score of the last needle run's cell.")
+                  .Name("longspan_needle_score")
+                  .Help("Score, from 0 to 1, of the last needle run's cells.")
                   .Register(registry_)),
       latencies_(std::make_shared<Latencies>(registry_)),
       model_name_(std::move(model_name)),
@@ -101,11 +125,13 @@ EventSink Metrics::Observe(EventSink sink) {
   return [latencies = latencies_, state = State(), sink = std::move(sink)](Event event) mutable {
     const absl::Time now = absl::Now();
     if (event.kind == Event::Kind::kDelta && !event.tokens.empty()) {
+      if (state.last.empty()) {
+        latencies->first_token.Observe(absl::ToDoubleSeconds(now - state.begin));
+      }
       const auto [it, first] = state.last.try_emplace(event.index, now);
       if (!first) latencies->inter_token.Observe(absl::ToDoubleSeconds(now - it->second));
       it->second = now;
     } else if (event.kind == Event::Kind::kFinished && event.status.ok()) {
-      latencies->first_token.Observe(absl::ToDoubleSeconds(event.timings.time_to_first_token));
       latencies->queue.Observe(absl::ToDoubleSeconds(event.timings.queued));
       latencies->prefill.Observe(absl::ToDoubleSeconds(event.timings.prefill));
       latencies->decode.Observe(absl::ToDoubleSeconds(event.timings.decode));
@@ -144,9 +170,10 @@ std::string Metrics::Page() const {
   MetricPage page;
   if (const Engine* engine = engine_.load(std::memory_order_acquire); engine != nullptr) {
     AddEngineSeries(*engine, *backend_, model_name_, vllm_aliases_, page);
-    if (level_ != SpanLevel::kOff) AddAttentionSeries(*engine, /*per_head=*/false, page);
+    if (level_ != SpanLevel::kOff) AddAttentionLayers(*engine, page);
   }
   std::vector<prometheus::MetricFamily> families = registry_.Collect();
+  if (vllm_aliases_) AddAliases(model_name_, families);
   for (auto& family : page.Take()) families.push_back(std::move(family));
   return Serialize(std::move(families));
 }
@@ -154,8 +181,8 @@ std::string Metrics::Page() const {
 std::string Metrics::AttentionPage() const {
   MetricPage page;
   if (const Engine* engine = engine_.load(std::memory_order_acquire);
-      engine != nullptr && level_ == SpanLevel::kHead) {
-    AddAttentionSeries(*engine, /*per_head=*/true, page);
+      engine != nullptr && level_ != SpanLevel::kOff) {
+    AddAttentionDetail(*engine, /*per_head=*/level_ == SpanLevel::kHead, page);
   }
   return Serialize(page.Take());
 }

@@ -214,9 +214,7 @@ class WatchCall : public grpc::ServerWriteReactor<v1::RunNeedleResponse>,
   }
   void Refuse(const absl::Status& status) {
     self_ = shared_from_this();
-    const grpc::Status answer = ToGrpc(status, context_);
-    frontend_.metrics.CountRpc("RunNeedle", CodeName(answer));
-    Finish(answer);
+    Finish(ToGrpc(status, context_));
   }
 
   void OnMore() override {
@@ -238,10 +236,7 @@ class WatchCall : public grpc::ServerWriteReactor<v1::RunNeedleResponse>,
       frontend_.watchdog.WriteBegan(stream_);
       StartWrite(&current_);
     } else if (action == Action::kFinish) {
-      const grpc::Status status =
-          context_->IsCancelled() ? grpc::Status::CANCELLED : grpc::Status::OK;
-      frontend_.metrics.CountRpc("RunNeedle", CodeName(status));
-      Finish(status);
+      Finish(context_->IsCancelled() ? grpc::Status::CANCELLED : grpc::Status::OK);
     }
   }
 
@@ -306,14 +301,13 @@ class NeedleServiceImpl final : public v1::NeedleService::CallbackService {
                                          v1::GetNeedleRunResponse* response) override {
     auto run = runs_.Find(request->run_id());
     if (run.ok()) *response->mutable_run() = (*run)->Snapshot(/*with_cells=*/true);
-    return Answer(context, "GetNeedleRun", run.status());
+    return Answer(context, run.status());
   }
 
   grpc::ServerUnaryReactor* ListNeedleRuns(grpc::CallbackServerContext* context,
                                            const v1::ListNeedleRunsRequest* request,
                                            v1::ListNeedleRunsResponse* response) override {
-    return Answer(context, "ListNeedleRuns",
-                  runs_.List(request->page_size(), request->page_token(), response));
+    return Answer(context, runs_.List(request->page_size(), request->page_token(), response));
   }
 
   grpc::ServerUnaryReactor* CancelNeedleRun(grpc::CallbackServerContext* context,
@@ -326,16 +320,14 @@ class NeedleServiceImpl final : public v1::NeedleService::CallbackService {
       response->set_state(was_finished ? (*run)->Snapshot(false).summary().state()
                                        : v1::NEEDLE_RUN_STATE_CANCELLED);
     }
-    return Answer(context, "CancelNeedleRun", run.status());
+    return Answer(context, run.status());
   }
 
  private:
-  grpc::ServerUnaryReactor* Answer(grpc::CallbackServerContext* context, const char* method,
+  grpc::ServerUnaryReactor* Answer(grpc::CallbackServerContext* context,
                                    const absl::Status& status) {
     grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
-    const grpc::Status answer = ToGrpc(status, context);
-    f_.metrics.CountRpc(method, CodeName(answer));
-    reactor->Finish(answer);
+    reactor->Finish(ToGrpc(status, context));
     return reactor;
   }
 

@@ -72,8 +72,20 @@ absl::StatusOr<Request> Assemble(const v1::CompleteRequest& from, std::vector<in
   Request to;
   to.id = from.request_id().empty() ? NewId("cmpl-") : from.request_id();
   constexpr size_t kMaxIdBytes = 256;
+  constexpr size_t kMaxSaltBytes = 256;
   if (to.id.size() > kMaxIdBytes) {
     return Bad("request_id", "has ", to.id.size(), " bytes, the limit is ", kMaxIdBytes);
+  }
+  // It is echoed as metadata, where gRPC takes nothing else.
+  for (char c : to.id) {
+    if (c < 0x21 || c > 0x7e) {
+      return Bad("request_id", "has byte ", static_cast<int>(static_cast<unsigned char>(c)),
+                 ", must be printable ASCII without spaces");
+    }
+  }
+  if (from.cache_salt().size() > kMaxSaltBytes) {
+    return Bad("cache_salt", "has ", from.cache_salt().size(), " bytes, the limit is ",
+               kMaxSaltBytes);
   }
   to.prompt = std::move(prompt);
   if (from.has_truncate_prompt_tokens()) {
@@ -136,11 +148,24 @@ absl::StatusOr<std::vector<int32_t>> RenderChat(const v1::ChatRequest& request,
   if (request.base().prompt_case() != v1::CompleteRequest::PROMPT_NOT_SET) {
     return Bad("base.prompt", "is set, but a chat's prompt is made from its messages");
   }
+  if (request.template_kwargs().fields_size() > 0) {
+    return Bad("template_kwargs", "has ", request.template_kwargs().fields_size(),
+               " entries, but the template '", context.chat_template->name(), "' takes none");
+  }
+  if (request.continue_final_message() && request.add_generation_prompt()) {
+    return Bad("add_generation_prompt", "is true, but continue_final_message leaves the turn open");
+  }
   std::vector<ChatTurn> turns;
   size_t bytes = 0;
   for (const v1::ChatMessage& message : request.messages()) {
+    const auto Unsupported = [&](absl::string_view field) {
+      return Bad(absl::StrCat("messages[", turns.size(), "].", field), "is set, but the template '",
+                 context.chat_template->name(), "' has no place for it");
+    };
+    if (!message.name().empty()) return Unsupported("name");
+    if (!message.reasoning_content().empty()) return Unsupported("reasoning_content");
     turns.push_back({message.role(), message.content()});
-    bytes += message.content().size();
+    bytes += message.content().size() + message.role().size();
   }
   if (absl::Status s = CheckBytes(bytes, context); !s.ok()) return s;
   const bool generate = !request.has_add_generation_prompt() || request.add_generation_prompt();

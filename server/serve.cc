@@ -10,16 +10,11 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "server/log.h"
 #include "server/server.h"
 
 namespace longspan {
 namespace {
-
-void Log(absl::string_view message) {
-  std::cerr << absl::StrCat(
-      absl::FormatTime("%Y-%m-%dT%H:%M:%E3SZ", absl::Now(), absl::UTCTimeZone()), " ", message,
-      "\n");
-}
 
 // SIGTERM and SIGINT as readable bytes: blocked in every thread, read here.
 class Signals {
@@ -51,6 +46,7 @@ class Signals {
 int RunServe(int argc, char** argv) {
   ServerConfig config;
   if (auto exit = ReadConfig(argc, argv, &config); exit.has_value()) return *exit;
+  SetLogLevel(config.log_level);
   const Signals signals;  // before any thread, so that all inherit the mask
   const absl::Time begin = absl::Now();
   auto server = Server::Start(config, [] { kill(getpid(), SIGTERM); });
@@ -58,19 +54,17 @@ int RunServe(int argc, char** argv) {
     std::cerr << "longspan serve: " << server.status().message() << "\n";
     return absl::IsInvalidArgument(server.status()) ? 2 : 1;
   }
-  Log(absl::StrCat("ready in ",
-                   absl::FormatDuration(absl::Trunc(absl::Now() - begin, absl::Milliseconds(1))),
-                   ", ", (*server)->Summary()));
+  (*server)->LogReady(absl::Now() - begin);
 
-  Log(absl::StrCat(signals.Next(), ": draining; a second signal quits at once"));
+  Log(LogLevel::kInfo, "draining; a second signal quits at once", {{"signal", signals.Next()}});
   std::thread([&signals] {
     signals.Next();
-    Log("second signal: quitting");
+    Log(LogLevel::kWarning, "second signal: quitting");
     _exit(130);
   }).detach();
   const int aborted = (*server)->DrainAndStop();
   server->reset();
-  Log(aborted == 0 ? "drained" : absl::StrCat("stopped; ", aborted, " requests were aborted"));
+  Log(LogLevel::kInfo, "stopped", {{"aborted_requests", absl::StrCat(aborted)}});
   std::cerr.flush();
   // Not return: the detached thread still waits on `signals`.
   _exit(0);

@@ -9,6 +9,7 @@
 
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
 #include "absl/strings/strip.h"
 #include "absl/time/clock.h"
 #include "server/admin_service.h"
@@ -16,7 +17,9 @@
 #include "server/frontend.h"
 #include "server/http_door.h"
 #include "server/inference_service.h"
+#include "server/log.h"
 #include "server/needle_service.h"
+#include "server/rpc_interceptor.h"
 #include "server/version.h"
 
 namespace longspan {
@@ -111,7 +114,8 @@ absl::Status Server::Impl::Listen(std::function<void()> request_shutdown) {
   conversion.model_names = config.names;
   conversion.max_prompt_bytes = config.max_prompt_bytes;
   frontend.reset(new Frontend{*engine, *metrics, *watchdog, std::move(conversion), backend->name(),
-                              config.model, std::move(request_shutdown)});
+                              config.model, [this](bool value) { SetReady(value); },
+                              std::move(request_shutdown)});
 
   grpc::EnableDefaultHealthCheckService(true);
   grpc::reflection::InitProtoReflectionServerBuilderPlugin();
@@ -130,6 +134,9 @@ absl::Status Server::Impl::Listen(std::function<void()> request_shutdown) {
   services.push_back(MakeModelService(*frontend));
   services.push_back(MakeAdminService(*frontend));
   for (const auto& service : services) builder.RegisterService(service.get());
+  std::vector<std::unique_ptr<grpc::experimental::ServerInterceptorFactoryInterface>> interceptors;
+  interceptors.push_back(MakeRpcInterceptor(*metrics));
+  builder.experimental().SetInterceptorCreators(std::move(interceptors));
   grpc = builder.BuildAndStart();
   if (grpc == nullptr || grpc_port == 0) {
     return absl::UnavailableError(absl::StrCat("cannot listen for gRPC on ", config.grpc));
@@ -199,12 +206,21 @@ int Server::grpc_port() const { return impl_->grpc_port; }
 int Server::http_port() const { return impl_->http != nullptr ? impl_->http->port() : 0; }
 Engine& Server::engine() { return *impl_->engine; }
 
-std::string Server::Summary() const {
+void Server::LogReady(absl::Duration after) const {
   const ModelSpec& spec = impl_->model.model->spec();
-  return absl::StrCat("serving ", impl_->config.names.front(), " (", spec.family, ", ",
-                      spec.layers.size(), " layers, context ", impl_->engine->options().max_context,
-                      ") on ", impl_->backend->name(), ": gRPC port ", grpc_port(), ", HTTP port ",
-                      http_port());
+  const auto Address = [](absl::string_view asked, int port) {
+    return absl::StrCat(asked.substr(0, asked.rfind(':')), ":", port);
+  };
+  const bool http = impl_->http != nullptr;
+  Log(LogLevel::kInfo, "ready",
+      {{"grpc", Address(impl_->config.grpc, grpc_port())},
+       {"http", http ? Address(impl_->config.http, http_port()) : "off"},
+       {"model", impl_->config.names.front()},
+       {"family", spec.family},
+       {"context", absl::StrCat(impl_->engine->options().max_context)},
+       {"device", impl_->backend->name()},
+       {"cache_bytes", absl::StrCat(impl_->engine->options().cache_bytes)},
+       {"seconds", absl::StrFormat("%.3f", absl::ToDoubleSeconds(after))}});
 }
 
 int Server::DrainAndStop() {

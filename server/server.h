@@ -23,7 +23,7 @@ class Server {
   int grpc_port() const;
   int http_port() const;  // 0: none
   Engine& engine();
-  std::string Summary() const;  // one line: model, device, addresses
+  void LogReady(absl::Duration after) const;  // one line: model, device, addresses
 
   // The order of SIGTERM: not ready at once; after the withdrawal grace refuse; wait for accepted
   // requests up to the shutdown timeout; abort the rest with UNAVAILABLE. Returns how many were

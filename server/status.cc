@@ -10,6 +10,17 @@
 namespace longspan {
 namespace {
 
+// Messages quote what clients send, and travel in headers that clients bound to 8 KiB in all.
+constexpr size_t kMaxMessageBytes = 640;
+
+// At most kMaxMessageBytes, cut between characters.
+std::string Bounded(absl::string_view message) {
+  if (message.size() <= kMaxMessageBytes) return std::string(message);
+  size_t end = kMaxMessageBytes;
+  while (end > 0 && (static_cast<unsigned char>(message[end]) & 0xc0) == 0x80) --end;
+  return absl::StrCat(message.substr(0, end), "…");
+}
+
 constexpr int kRetryMilliseconds = 500;  // a queue that is full moves within a few steps
 
 // The field that an InvalidArgument message begins with; empty if it begins with none.
@@ -17,7 +28,9 @@ std::string FieldOf(absl::string_view message) {
   const size_t colon = message.find(':');
   if (colon == absl::string_view::npos || colon == 0) return "";
   for (char c : message.substr(0, colon)) {
-    if (!absl::ascii_islower(c) && !absl::ascii_isdigit(c) && c != '_' && c != '.') return "";
+    const bool part = absl::ascii_islower(c) || absl::ascii_isdigit(c) || c == '_' || c == '.' ||
+                      c == '[' || c == ']';
+    if (!part) return "";
   }
   return std::string(message.substr(0, colon));
 }
@@ -53,7 +66,7 @@ const char* CodeName(const grpc::Status& status) {
 
 grpc::Status ToGrpc(const absl::Status& status) {
   if (status.ok()) return grpc::Status::OK;
-  const std::string message(status.message());
+  const std::string message = Bounded(status.message());
   google::rpc::Status details;
   details.set_code(static_cast<int>(status.code()));
   details.set_message(message);
@@ -62,7 +75,8 @@ grpc::Status ToGrpc(const absl::Status& status) {
       google::rpc::BadRequest bad;
       auto* violation = bad.add_field_violations();
       violation->set_field(field);
-      violation->set_description(message.substr(field.size() + 2));
+      violation->set_description(std::string(
+          absl::StripLeadingAsciiWhitespace(absl::string_view(message).substr(field.size() + 1))));
       details.add_details()->PackFrom(bad);
     }
   }
