@@ -178,6 +178,37 @@ INSTANTIATE_TEST_SUITE_P(
              {"admitted 1; 1@0+2", "1@2+2", "admitted 2; 1@4+1 2@0+1", "1@5+1 2@1+1", "1@6+1 2@2+1",
               "1@7+1 2@3+1", "1@8+1 2@4+1", "1@9+1 2@5+1", "1@10+1 2@6+1", "1@11+1 2@7+1", "1@12+1",
               "1@13+1", "1@14+1", "1@15+1", "preempted 2; 1@16+1"}},
+        // In step 22 it is 2's turn, all 6 pages are taken and 2 would need another.
+        Case{"WhoCannotHaveAPageLeavesItsTurnToTheFirst",
+             1,
+             1,
+             8,
+             6,
+             {{1, 1, 0, 4, 16}, {1, 2, 0, 6, 16}},
+             {"admitted 1; 1@0+1",
+              "1@1+1",
+              "1@2+1",
+              "1@3+1",
+              "1@4+1",
+              "admitted 2; 2@0+1",
+              "1@5+1",
+              "2@1+1",
+              "1@6+1",
+              "2@2+1",
+              "1@7+1",
+              "2@3+1",
+              "1@8+1",
+              "2@4+1",
+              "1@9+1",
+              "2@5+1",
+              "1@10+1",
+              "2@6+1",
+              "1@11+1",
+              "2@7+1",
+              "1@12+1",
+              "1@13+1",
+              "1@14+1",
+              "2@8+1"}},
         Case{"DeadlinesEndTheQueuedAndTheRunning",
              8,
              4,
@@ -302,7 +333,7 @@ TEST(Scheduler, DecidesInMicrosecondsWith64RunningAnd10000Queued) {
   }
   std::nth_element(microseconds.begin(), microseconds.begin() + 250, microseconds.end());
   RecordProperty("median_us", std::to_string(microseconds[250]));
-  // Measured 8 us in a release build; the bound leaves room for debug and sanitizer builds.
+  // Measured 6 us in an optimised build; the bound leaves room for debug and sanitizer builds.
   EXPECT_LT(microseconds[250], 1000);
 }
 

@@ -1,5 +1,6 @@
 #pragma once
 // Small architectures and a cache whose contents are traced, for tests of the caches.
+#include <algorithm>
 #include <cstring>
 #include <map>
 #include <memory>
@@ -66,7 +67,12 @@ class TracedCache {
     EXPECT_EQ(cache->Reserve(sequence, end), can);
     if (!can) return false;
     std::vector<float>& stamps = written_[sequence];
-    const KvView* views = cache->Views({sequence});
+    // All sequences in one order, as steps have them: rows of the table outlive a step.
+    std::vector<SequenceId> sequences;
+    for (const auto& [other, stamps_of_other] : written_) sequences.push_back(other);
+    row_ = static_cast<int>(std::find(sequences.begin(), sequences.end(), sequence) -
+                            sequences.begin());
+    const KvView* views = cache->Views(sequences);
     for (size_t layer = 0; layer < layers_.size(); ++layer) {
       const int64_t window = layers_[layer].window > 0 ? layers_[layer].window : end;
       for (int64_t p = std::max<int64_t>(0, begin - window + 1); p < begin; ++p) {
@@ -102,8 +108,8 @@ class TracedCache {
  private:
   // Calls with the first element of each key and value row of the position.
   template <class F>
-  static void ForEachRow(const KvView& view, int64_t position, F f) {
-    std::byte* page = view.Page(0, position);
+  void ForEachRow(const KvView& view, int64_t position, F f) const {
+    std::byte* page = view.Page(row_, position);
     const int64_t row = position % view.page_tokens;
     for (int head = 0; head < view.kv_heads; ++head) {
       const int64_t at = (head * view.page_tokens + row) * view.head_dim * 4;
@@ -113,6 +119,7 @@ class TracedCache {
   }
 
   std::vector<CacheLayer> layers_;
+  int row_ = 0;  // of the step's sequence
   std::map<SequenceId, std::vector<float>> written_;
   int64_t next_stamp_ = 0;  // kept below 2^24 by the tests, so that floats are exact
 
