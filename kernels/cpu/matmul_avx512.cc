@@ -73,7 +73,8 @@ LONGSPAN_AVX512 void MultiplyBlocks(const BlockTile& t) {
   int64_t row = 0;
   for (; row + 8 <= t.rows; row += 8) MultiplyRows<Format, 8>(t, row);
   for (; row + 4 <= t.rows; row += 4) MultiplyRows<Format, 4>(t, row);
-  for (; row < t.rows; ++row) MultiplyRows<Format, 1>(t, row);
+  for (; row + 2 <= t.rows; row += 2) MultiplyRows<Format, 2>(t, row);
+  if (row < t.rows) MultiplyRows<Format, 1>(t, row);
 }
 
 template <DType kType>
@@ -87,13 +88,17 @@ LONGSPAN_AVX512 inline __m512 LoadWeights(const std::byte* p) {
   }
 }
 
-// Upper half added to lower, then ((l0 + l1) + (l2 + l3)) + ((l4 + l5) + (l6 + l7)).
-LONGSPAN_AVX512 inline float SumLanes(__m512 v) {
-  const __m256 upper = _mm512_extractf32x8_ps(v, 1);
-  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), upper);
-  const __m256 two = _mm256_hadd_ps(eight, eight);
-  const __m256 one = _mm256_hadd_ps(two, two);
-  return _mm_cvtss_f32(_mm_add_ss(_mm256_castps256_ps128(one), _mm256_extractf128_ps(one, 1)));
+// Of each of four vectors: the upper half added to the lower, then ((l0 + l1) + (l2 + l3)) +
+// ((l4 + l5) + (l6 + l7)).
+LONGSPAN_AVX512 inline __m128 SumLanes(const __m512 v[4]) {
+  __m256 eight[4];
+  LONGSPAN_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    eight[i] = _mm256_add_ps(_mm512_castps512_ps256(v[i]), _mm512_extractf32x8_ps(v[i], 1));
+  }
+  const __m256 all =
+      _mm256_hadd_ps(_mm256_hadd_ps(eight[0], eight[1]), _mm256_hadd_ps(eight[2], eight[3]));
+  return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
 }
 
 // R rows times C outputs; outputs beyond t.columns repeat the last one and are dropped.
@@ -126,12 +131,15 @@ LONGSPAN_AVX512 inline void MultiplyFloatTile(const FloatTile& t, int64_t row, i
       for (int c = 0; c < C; ++c) sum[r][c] = _mm512_fmadd_ps(v, weights[c], sum[r][c]);
     }
   }
+  static_assert(C % 4 == 0);
   LONGSPAN_UNROLL
-  for (int c = 0; c < C; ++c) {
-    if (column + c >= t.columns) return;
+  for (int c = 0; c < C; c += 4) {
+    const int64_t valid = std::clamp<int64_t>(t.columns - column - c, 0, 4);
+    const __mmask8 mask = static_cast<__mmask8>((1u << valid) - 1);
     LONGSPAN_UNROLL
     for (int r = 0; r < R; ++r) {
-      t.out[(row + r) * t.out_stride + column + c] = SumLanes(sum[r][c]);
+      float* out = t.out + (row + r) * t.out_stride + column + c;
+      _mm_mask_storeu_ps(out, mask, SumLanes(sum[r] + c));
     }
   }
 }
@@ -150,11 +158,25 @@ LONGSPAN_AVX512 void MultiplyFloat(const FloatTile& t) {
     const int64_t end = std::min(begin + kFloatColumns, t.columns);
     int64_t row = 0;
     for (; row + 6 <= t.rows; row += 6) MultiplyFloatRows<kType, 6, 4>(t, row, begin, end);
-    if (row + 4 <= t.rows) {
-      MultiplyFloatRows<kType, 4, 4>(t, row, begin, end);
-      row += 4;
+    switch (t.rows - row) {
+      case 5:
+        MultiplyFloatRows<kType, 5, 4>(t, row, begin, end);
+        break;
+      case 4:
+        MultiplyFloatRows<kType, 4, 4>(t, row, begin, end);
+        break;
+      case 3:
+        MultiplyFloatRows<kType, 3, 4>(t, row, begin, end);
+        break;
+      case 2:
+        MultiplyFloatRows<kType, 2, 8>(t, row, begin, end);
+        break;
+      case 1:
+        MultiplyFloatRows<kType, 1, 8>(t, row, begin, end);
+        break;
+      default:
+        break;
     }
-    for (; row < t.rows; ++row) MultiplyFloatRows<kType, 1, 8>(t, row, begin, end);
   }
 }
 
@@ -180,6 +202,7 @@ MatMulKernels Avx512MatMul(MatMulKernels kernels) {
   kernels.f16 = FloatEntry<DType::kF16>();
   kernels.bf16 = FloatEntry<DType::kBF16>();
   kernels.float_columns = kFloatColumns;
+  kernels.q8_0.dot_rows = 1;  // measured: at two rows these panels win
   kernels.q8_0.multiply = MultiplyBlocks<FormatQ8_0>;
   kernels.q4_0.multiply = MultiplyBlocks<FormatQ4_0>;
   kernels.q5_0.multiply = MultiplyBlocks<FormatQ5_0>;
