@@ -57,7 +57,9 @@ struct Engine::Impl {
   void Loop();
   bool TakeInbox();  // false: stop
   void Admit(Incoming incoming);
+  SequenceState MakeChoice(Active& active, int index);
   absl::Status AddChoice(Active& active, int index);
+  bool ForkChoice(Active& active, int index, const Sequence& first);
 
   // --- Engine thread: a step ---
   bool RunStep();  // false: nothing could be done
@@ -68,10 +70,10 @@ struct Engine::Impl {
   void ReadPromptLogprobs(const BatchItem& item, Active& active, int first_row);
   void Advance(Active& active, Sequence& sequence, absl::Span<const float> logits,
                const SpanRecord* records, bool sampled);
-  Event Draw(Active& active, Sequence& sequence, absl::Span<const float> logits);
+  void Draw(Active& active, Sequence& sequence, absl::Span<const float> logits,
+            const SpanRecord* records, bool sampled);
   void Observe(Active& active, const Sequence& sequence, const SpanRecord* records, bool sampled);
   void TellPrompt(Active& active);
-  void StartSiblings(Active& active, const Sequence& first, absl::Span<const float> logits);
   void Finish(Active& active, Sequence& sequence);
 
   // --- Engine thread: the end of things ---

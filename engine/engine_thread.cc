@@ -114,22 +114,45 @@ void Engine::Impl::Admit(Incoming incoming) {
   if (absl::Status added = AddChoice(active, 0); !added.ok()) End(id, std::move(added));
 }
 
-absl::Status Engine::Impl::AddChoice(Active& active, int index) {
+SequenceState Engine::Impl::MakeChoice(Active& active, int index) {
   active.choices[index] =
       std::make_unique<Sequence>(active.request, index, active.seed, *loaded->tokenizer,
                                  model.spec().vocab, loaded->tokenizer->eos());
-  Sequence& sequence = *active.choices[index];
   SequenceState state;
   state.ticket = next_ticket++;
   state.priority = active.request.priority;
   state.arrival = active.arrival;
-  state.tokens = static_cast<int64_t>(sequence.tokens().size());
+  state.tokens = static_cast<int64_t>(active.request.prompt.size());
   state.max_tokens = state.tokens + active.request.stopping.max_tokens;
   state.deadline = active.request.deadline;
+  return state;
+}
+
+absl::Status Engine::Impl::AddChoice(Active& active, int index) {
+  const SequenceState state = MakeChoice(active, index);
   if (absl::Status added = scheduler.Add(state); !added.ok()) return added;
+  Sequence& sequence = *active.choices[index];
   sequence.ticket = state.ticket;
   owners[state.ticket] = {&active, &sequence};
   return absl::OkStatus();
+}
+
+// Starts a choice on the pages of the first one, which has just read the prompt. False: there is no
+// room for it now.
+bool Engine::Impl::ForkChoice(Active& active, int index, const Sequence& first) {
+  SequenceState state = MakeChoice(active, index);
+  state.computed = state.tokens;
+  state.tokens += 1;  // the first token of its own, drawn next
+  if (!scheduler.AddRunning(state)) return false;
+  Sequence& sequence = *active.choices[index];
+  sequence.cache = cache->Fork(first.cache);
+  if (sequence.cache < 0) {
+    scheduler.Remove(state.ticket);
+    return false;
+  }
+  sequence.ticket = state.ticket;
+  owners[state.ticket] = {&active, &sequence};
+  return true;
 }
 
 // --- A step ---
@@ -172,6 +195,8 @@ void Engine::Impl::Execute(const Batch& batch) {
   const std::vector<StageItem> plan = Plan(batch, sample_spans);
   const StagedStep staged = stager.Stage(plan, *cache);
   const View device_logits = model.Forward(staged.step);
+  ++local.steps;
+  local.step_rows += staged.step.batch.rows;
 
   StepReport report;
   bool reads_prompt_rows = false;
@@ -201,8 +226,6 @@ void Engine::Impl::Execute(const Batch& batch) {
             sample_spans);
   }
   report.duration = absl::Now() - begin;
-  ++local.steps;
-  local.step_rows += staged.step.batch.rows;
   local.step_seconds += absl::ToDoubleSeconds(report.duration);
   if (on_step) on_step(report);
 }
@@ -273,26 +296,36 @@ void Engine::Impl::ReadPromptLogprobs(const BatchItem& item, Active& active, int
   }
 }
 
-// Draws a sequence's next token, tells the client, and ends what is at its end. records: of the row
-// that `logits` belong to, or nullptr.
+// Draws a sequence's next token and ends what is at its end. records: of the row that `logits`
+// belong to, or nullptr.
 void Engine::Impl::Advance(Active& active, Sequence& sequence, absl::Span<const float> logits,
                            const SpanRecord* records, bool sampled) {
   const bool ends_prompt = !active.prompt_done;
-  Event event = Draw(active, sequence, logits);
-  if (records != nullptr) Observe(active, sequence, records, sampled);
-  if (ends_prompt) TellPrompt(active);
-  active.sink(std::move(event));
-  if (ends_prompt) StartSiblings(active, sequence, logits);
+  Draw(active, sequence, logits, records, sampled);
+  for (int i = 1; ends_prompt && i < active.request.n; ++i) {
+    if (ForkChoice(active, i, sequence)) {
+      Sequence& sibling = *active.choices[i];
+      Draw(active, sibling, logits, records, sampled);
+      if (sibling.finished()) Finish(active, sibling);
+    } else {  // it reads the prompt itself when its turn comes
+      const absl::Status added = AddChoice(active, i);
+      CHECK(added.ok()) << added;  // its like, the first choice, was taken
+    }
+  }
   if (sequence.finished()) Finish(active, sequence);
 }
 
-Event Engine::Impl::Draw(Active& active, Sequence& sequence, absl::Span<const float> logits) {
+// Draws a token and tells the client.
+void Engine::Impl::Draw(Active& active, Sequence& sequence, absl::Span<const float> logits,
+                        const SpanRecord* records, bool sampled) {
   Event event = sequence.Next(sampler, logits);
   const absl::Time now = absl::Now();
   active.first_token = std::min(active.first_token, now);
   active.last_token = now;
   ++local.generation_tokens;
-  return event;
+  if (records != nullptr) Observe(active, sequence, records, sampled);
+  if (!active.prompt_done) TellPrompt(active);
+  active.sink(std::move(event));
 }
 
 void Engine::Impl::TellPrompt(Active& active) {
@@ -303,17 +336,6 @@ void Engine::Impl::TellPrompt(Active& active) {
   prompt.prompt_tokens = static_cast<int>(active.request.prompt.size());
   prompt.logprobs = std::move(active.prompt_logprobs);
   active.sink(std::move(prompt));
-}
-
-// The other choices begin once the first has read the prompt.
-void Engine::Impl::StartSiblings(Active& active, const Sequence& first,
-                                 absl::Span<const float> logits) {
-  (void)first;
-  (void)logits;
-  for (int i = 1; i < active.request.n; ++i) {
-    const absl::Status added = AddChoice(active, i);
-    CHECK(added.ok()) << added;  // its like, the first choice, was taken
-  }
 }
 
 void Engine::Impl::Observe(Active& active, const Sequence& sequence, const SpanRecord* records,

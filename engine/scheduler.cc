@@ -46,16 +46,20 @@ absl::Status Scheduler::Add(const SequenceState& sequence) {
         absl::StrCat("queue is full: ", queued_tokens_, " tokens wait, ", sequence.tokens,
                      " more exceed the limit of ", limits_.max_queued_tokens));
   }
-  auto entry = std::make_unique<Entry>();
-  static_cast<SequenceState&>(*entry) = sequence;
-  entry->max_tokens = most;
+  Entry* entry = Remember(sequence);
   entry->computed = 0;
-  if (sequence.deadline != absl::InfiniteFuture()) {
-    deadlines_.emplace(sequence.deadline, sequence.ticket);
-  }
-  Enqueue(entry.get());
-  entries_[sequence.ticket] = std::move(entry);
+  Enqueue(entry);
   return absl::OkStatus();
+}
+
+bool Scheduler::AddRunning(const SequenceState& sequence) {
+  CHECK(!entries_.contains(sequence.ticket)) << "ticket " << sequence.ticket << " is known";
+  Entry entry;
+  static_cast<SequenceState&>(entry) = sequence;
+  if (!queue_.empty() && !Precedes()(&entry, *queue_.begin())) return false;
+  if (SequencesToDisplaceFor(entry) != 0) return false;
+  Run(Remember(sequence));
+  return true;
 }
 
 Batch Scheduler::Next(absl::Time now) {
@@ -228,6 +232,16 @@ CacheDemand Scheduler::GrownDemand(const Entry& entry) const {
                   std::min(entry.tokens + cache_.shape.page_tokens, entry.max_tokens));
 }
 
+Scheduler::Entry* Scheduler::Remember(const SequenceState& sequence) {
+  auto entry = std::make_unique<Entry>();
+  static_cast<SequenceState&>(*entry) = sequence;
+  entry->max_tokens = std::max(sequence.tokens, sequence.max_tokens);
+  if (sequence.deadline != absl::InfiniteFuture()) {
+    deadlines_.emplace(sequence.deadline, sequence.ticket);
+  }
+  return (entries_[sequence.ticket] = std::move(entry)).get();
+}
+
 void Scheduler::Enqueue(Entry* entry) {
   entry->running = false;
   queue_.insert(entry);
@@ -237,6 +251,10 @@ void Scheduler::Enqueue(Entry* entry) {
 void Scheduler::Start(Entry* entry) {
   queue_.erase(entry);
   queued_tokens_ -= entry->tokens;
+  Run(entry);
+}
+
+void Scheduler::Run(Entry* entry) {
   entry->running = true;
   running_.insert(std::upper_bound(running_.begin(), running_.end(), entry, Precedes()), entry);
 }

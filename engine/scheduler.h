@@ -77,6 +77,9 @@ class Scheduler {
   // Queues a sequence (computed and running are taken as 0 and false). Checks only capacity:
   // ResourceExhausted with the numbers when it "can never fit" or when the "queue is full".
   absl::Status Add(const SequenceState& sequence);
+  // Lets a sequence whose `computed` tokens are cached already (a fork, between steps) run at once,
+  // if it displaces none that runs and overtakes none that waits; else false, and nothing changes.
+  bool AddRunning(const SequenceState& sequence);
   // The next step. KvCache::Reserve grants every item of it, provided that the cache was created
   // with the same numbers, holds only these sequences, and each has just its computed tokens. Has
   // items whenever a sequence is queued or running that still needs tokens.
@@ -115,8 +118,10 @@ class Scheduler {
 
   int DecodeBudget(bool prefill_waits) const;
   CacheDemand GrownDemand(const Entry& entry) const;
+  Entry* Remember(const SequenceState& sequence);
   void Enqueue(Entry* entry);
   void Start(Entry* entry);
+  void Run(Entry* entry);
   void Preempt(Entry* entry, Batch* batch);
   void Forget(Entry* entry);
 

@@ -27,9 +27,10 @@ using testing::SameTokens;
 using ::testing::StartsWith;
 
 struct Served {
-  explicit Served(EngineOptions options = {}, testing::TinyOptions tiny = {})
+  explicit Served(EngineOptions options = {}, testing::TinyOptions tiny = {},
+                  absl::AnyInvocable<void(const StepReport&)> on_step = nullptr)
       : backend(Backend::Cpu({.threads = 1})), model(testing::TinyModel(*backend, tiny)) {
-    auto created = Engine::Create(&model, *backend, options);
+    auto created = Engine::Create(&model, *backend, options, std::move(on_step));
     CHECK(created.ok()) << created.status();
     engine = *std::move(created);
   }
@@ -162,6 +163,7 @@ TEST(Engine, TheSameSeedGivesTheSameTokensAndAnotherOthers) {
 }
 
 TEST(Engine, ChoicesDifferAndTheFirstIsTheOnlyChoiceOfN1) {
+  std::optional<Outcome> reference;
   for (int running : {1, 3, 16}) {
     Served served(Options(64, running));
     Request request = Ask("one", 50, 20, 5);
@@ -180,9 +182,23 @@ TEST(Engine, ChoicesDifferAndTheFirstIsTheOnlyChoiceOfN1) {
     }
     EXPECT_EQ(distinct.size(), 8u);
     EXPECT_EQ(served.engine->Stats().prompt_tokens - prompt_tokens, 50u);
+    if (!reference.has_value()) reference = many;
+    EXPECT_TRUE(SameTokens(*reference, many)) << "with " << running << " running";
     request.id = "again";
     EXPECT_TRUE(SameTokens(many, Complete(*served.engine, request)));
   }
+}
+
+TEST(Engine, ThePromptOfManyChoicesIsComputedOnce) {
+  Served served(Options(64, 16));
+  Request request = Ask("fork", 50, 20);
+  request.n = 8;
+  request.output.attention_spans = true;
+  const Outcome outcome = Complete(*served.engine, request);
+  ASSERT_EQ(outcome.status, absl::OkStatus());
+  // The prompt, then every drawn token but each choice's last.
+  EXPECT_EQ(served.engine->Stats().step_rows, 50u + 8 * 19);
+  EXPECT_EQ(outcome.finished.spans->at(1, 0).queries, 8 * 20);
 }
 
 TEST(Engine, CancelEndsARequestWithinOneStepAtEveryPoint) {
@@ -212,33 +228,49 @@ TEST(Engine, CancelEndsARequestWithinOneStepAtEveryPoint) {
 }
 
 TEST(Engine, CancelWhileQueuedOrReadingThePromptFreesEverything) {
-  Served served(Options(4, 1));
-  const Request first = Ask("first", 300, 100), second = Ask("second", 300, 100);
-  Client a(*served.engine, 1), b(*served.engine, 1);
-  ASSERT_TRUE(a.Submit(first).ok());
-  ASSERT_TRUE(b.Submit(second).ok());
+  absl::Notification reading, go_on;
+  int steps = 0;
+  Served served(Options(4, 1), {}, [&](const StepReport&) {
+    if (++steps != 3) return;  // 12 of 300 prompt tokens are read
+    reading.Notify();
+    go_on.WaitForNotification();
+  });
+  Client first(*served.engine, 1), second(*served.engine, 1);
+  ASSERT_TRUE(first.Submit(Ask("first", 300, 100)).ok());
+  ASSERT_TRUE(second.Submit(Ask("second", 300, 100)).ok());
+  reading.WaitForNotification();
   EXPECT_TRUE(served.engine->Cancel("second"));
-  EXPECT_TRUE(absl::IsCancelled(b.Wait().status));
   EXPECT_TRUE(served.engine->Cancel("first"));
-  const Outcome outcome = a.Wait();
-  EXPECT_TRUE(absl::IsCancelled(outcome.status));
-  EXPECT_EQ(outcome.finished.prompt_tokens, 300);
+  go_on.Notify();
+  for (Client* client : {&first, &second}) {
+    const Outcome outcome = client->Wait();
+    EXPECT_TRUE(absl::IsCancelled(outcome.status));
+    EXPECT_EQ(outcome.prompts, 0);
+    EXPECT_EQ(outcome.finished.prompt_tokens, 300);
+    EXPECT_EQ(outcome.finished.completion_tokens, 0);
+  }
+  EXPECT_EQ(steps, 3);
 }
 
 TEST(Engine, ADeadlineEndsARequestWhereverItIs) {
   Served served(Options(512, 1));
-  Request request = Ask("slow", 10, 480);
-  request.deadline = absl::Now() + absl::Milliseconds(15);
-  Request queued = Ask("queued", 10, 480);
-  queued.deadline = absl::Now() + absl::Milliseconds(10);
-  queued.n = 3;
-  const std::vector<Outcome> outcomes = RunTogether(*served.engine, {request, queued});
-  for (const Outcome& outcome : outcomes) {
+  Client running(*served.engine, 1), queued(*served.engine, 3);
+  // Half a second of tokens, longer than both deadlines.
+  running.on_event = [](const Event&) { absl::SleepFor(absl::Milliseconds(1)); };
+  Request slow = Ask("slow", 10, 480), behind = Ask("behind", 10, 480);
+  behind.n = 3;
+  slow.deadline = absl::Now() + absl::Milliseconds(60);
+  behind.deadline = absl::Now() + absl::Milliseconds(40);
+  ASSERT_TRUE(running.Submit(slow).ok());
+  ASSERT_TRUE(queued.Submit(behind).ok());
+  for (Client* client : {&running, &queued}) {
+    const Outcome outcome = client->Wait();
     EXPECT_TRUE(absl::IsDeadlineExceeded(outcome.status)) << outcome.status;
+    EXPECT_LT(outcome.finished.completion_tokens, 480);
   }
   EXPECT_EQ(served.engine->Stats().deadline_exceeded, 2u);
-  request.deadline = absl::Now() - absl::Seconds(1);
-  EXPECT_TRUE(absl::IsDeadlineExceeded(Complete(*served.engine, request).status));
+  slow.deadline = absl::Now() - absl::Seconds(1);
+  EXPECT_TRUE(absl::IsDeadlineExceeded(Complete(*served.engine, slow).status));
 }
 
 TEST(Engine, AStopStringEndsTheTextBeforeIt) {
