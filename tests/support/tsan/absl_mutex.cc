@@ -17,6 +17,11 @@ void __tsan_acquire(void* address);
 void __tsan_release(void* address);
 void AnnotateIgnoreReadsBegin(const char* file, int line);
 void AnnotateIgnoreReadsEnd(const char* file, int line);
+
+// The library's own deadlock detector, guarded by a lock that is not shown here.
+const char* __tsan_default_suppressions() {
+  return "called_from_lib:libabsl_graphcycles_internal\n";
+}
 }
 
 namespace {
