@@ -1,0 +1,305 @@
+"""What a stranger's gRPC client sees of a longspan process: the default model, the wire, exit codes."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+import unittest
+import urllib.request
+
+import grpc
+from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from grpc_status import rpc_status
+from longspan.v1 import admin_pb2, admin_pb2_grpc, attention_pb2, attention_pb2_grpc, inference_pb2
+from longspan.v1 import inference_pb2_grpc
+
+INFERENCE = "longspan.v1.InferenceService"
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class Server:
+    """A longspan process on free ports."""
+
+    def __init__(self, *flags):
+        self.process = subprocess.Popen(
+            [os.environ["LONGSPAN"], "serve", "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0", *flags],
+            stderr=subprocess.PIPE, text=True)
+        self.log = []
+        for line in self.process.stderr:
+            self.log.append(line)
+            ready = re.search(r" INFO ready grpc=(\S+) http=(\S+)", line)
+            if ready:
+                break
+        else:
+            raise RuntimeError("the server did not start:\n" + "".join(self.log))
+        self.grpc, self.http = ready.groups()
+        self.reader = threading.Thread(target=lambda: self.log.extend(self.process.stderr))
+        self.reader.start()
+        self.channel = grpc.insecure_channel(self.grpc)
+        self.inference = inference_pb2_grpc.InferenceServiceStub(self.channel)
+        self.admin = admin_pb2_grpc.AdminServiceStub(self.channel)
+        self.health_stub = health_pb2_grpc.HealthStub(self.channel)
+
+    def health(self, service):
+        return self.health_stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=10).status
+
+    def page(self, path):
+        with urllib.request.urlopen(f"http://{self.http}{path}", timeout=10) as answer:
+            return answer.read().decode()
+
+    def metric(self, series):
+        found = re.search(rf"^{re.escape(series)} (\S+)$", self.page("/metrics"), re.MULTILINE)
+        return float(found.group(1))
+
+    def wait_idle(self):
+        end = time.monotonic() + 20
+        while time.monotonic() < end:
+            load = self.admin.GetLoad(admin_pb2.GetLoadRequest())
+            if not load.running_requests and not load.queued_requests and not load.used_cache_bytes:
+                return True
+            time.sleep(0.02)
+        return False
+
+    def signal(self, number):
+        self.process.send_signal(number)
+
+    def wait(self):
+        status = self.process.wait(timeout=60)
+        self.reader.join()
+        return status
+
+    def kill(self):
+        self.channel.close()
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        self.reader.join()
+        self.process.stderr.close()
+
+
+def completion(text="Once upon a time", max_tokens=8, **fields):
+    return inference_pb2.CompleteRequest(
+        text=text,
+        sampling=inference_pb2.SamplingOptions(temperature=0),
+        stopping=inference_pb2.StoppingOptions(max_tokens=max_tokens, ignore_eos=True),
+        **fields)
+
+
+def streamed(request):
+    return inference_pb2.StreamCompleteRequest(request=request, include_usage=True)
+
+
+def details(error, kind):
+    """The details of one type in an error's google.rpc.Status."""
+    status = rpc_status.from_call(error)
+    found = []
+    for packed in status.details if status else []:
+        detail = kind()
+        if packed.Unpack(detail):
+            found.append(detail)
+    return found
+
+
+class BlackBox(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.server = Server()
+        cls.addClassCleanup(cls.server.kill)
+
+    def setUp(self):
+        self.inference = self.server.inference
+
+    def tearDown(self):
+        self.assertTrue(self.server.wait_idle(), "a request left something behind")
+
+    def refused(self, code, call):
+        with self.assertRaises(grpc.RpcError) as caught:
+            call()
+        self.assertEqual(caught.exception.code(), code, caught.exception.details())
+        return caught.exception
+
+    def test_a_unary_answer_counts_its_tokens(self):
+        answer = self.inference.Complete(completion(max_tokens=8, request_id="mine"))
+        self.assertEqual(answer.request_id, "mine")
+        self.assertEqual(answer.usage.completion_tokens, 8)
+        self.assertEqual(answer.usage.total_tokens, answer.usage.prompt_tokens + 8)
+        self.assertEqual(answer.choices[0].finish_reason, inference_pb2.FINISH_REASON_LENGTH)
+        self.assertTrue(answer.choices[0].text)
+
+    def test_a_stream_says_what_the_unary_call_says(self):
+        whole = self.inference.Complete(completion(max_tokens=24))
+        events = list(self.inference.StreamComplete(streamed(completion(max_tokens=24))))
+        self.assertEqual(events[0].WhichOneof("event"), "prompt")
+        self.assertEqual(events[-1].WhichOneof("event"), "usage")
+        text = "".join(e.delta.text for e in events if e.WhichOneof("event") == "delta")
+        self.assertEqual(text, whole.choices[0].text)
+        self.assertEqual(events[-1].usage, whole.usage)
+
+    def test_tokens_come_back_as_the_text_they_were(self):
+        text = "naïve café — 日本語 🙂  two  spaces"
+        ids = self.inference.Tokenize(inference_pb2.TokenizeRequest(text=text, add_special_tokens=False)).token_ids
+        self.assertEqual(self.inference.Detokenize(inference_pb2.DetokenizeRequest(token_ids=ids)).text, text)
+
+    def test_a_cancelled_stream_frees_its_cache(self):
+        before = self.server.metric('longspan_requests_total{outcome="cancelled"}')
+        stream = self.inference.StreamComplete(streamed(completion(max_tokens=8000)))
+        next(stream)
+        stream.cancel()
+        self.assertTrue(self.server.wait_idle())
+        self.assertEqual(self.server.metric('longspan_requests_total{outcome="cancelled"}'), before + 1)
+
+    def test_abort_ends_a_request_by_its_id(self):
+        stream = self.inference.StreamComplete(streamed(completion(max_tokens=8000, request_id="to-abort")))
+        next(stream)
+        answer = self.inference.Abort(inference_pb2.AbortRequest(request_ids=["to-abort", "unknown"]))
+        self.assertEqual(list(answer.aborted_request_ids), ["to-abort"])
+        self.refused(grpc.StatusCode.CANCELLED, lambda: list(stream))
+
+    def test_a_deadline_ends_a_request(self):
+        begin = time.monotonic()
+        self.refused(grpc.StatusCode.DEADLINE_EXCEEDED,
+                     lambda: self.inference.Complete(completion(max_tokens=16000), timeout=0.3))
+        self.assertLess(time.monotonic() - begin, 5)
+
+    def test_health_names_the_process_and_the_service(self):
+        self.assertEqual(self.server.health(""), SERVING)
+        self.assertEqual(self.server.health(INFERENCE), SERVING)
+        self.refused(grpc.StatusCode.NOT_FOUND, lambda: self.server.health("no.such.Service"))
+
+    def test_reflection_lists_every_service(self):
+        services = ProtoReflectionDescriptorDatabase(self.server.channel).get_services()
+        for name in ("InferenceService", "AttentionService", "NeedleService", "ModelService", "AdminService"):
+            self.assertIn("longspan.v1." + name, services)
+        self.assertIn("grpc.health.v1.Health", services)
+
+    def test_a_bad_field_is_named_in_the_details(self):
+        request = completion()
+        request.sampling.temperature = float("nan")
+        error = self.refused(grpc.StatusCode.INVALID_ARGUMENT, lambda: self.inference.Complete(request))
+        bad, = details(error, error_details_pb2.BadRequest)
+        self.assertEqual(bad.field_violations[0].field, "sampling.temperature")
+
+    def test_a_prompt_beyond_the_context_says_both_numbers(self):
+        error = self.refused(grpc.StatusCode.INVALID_ARGUMENT,
+                             lambda: self.inference.Complete(completion(max_tokens=20000)))
+        info, = details(error, error_details_pb2.ErrorInfo)
+        self.assertEqual(info.reason, "CONTEXT_LENGTH_EXCEEDED")
+        self.assertIn("16384", error.details())
+        self.assertIn("20000", error.details())
+
+    def test_an_unknown_model_is_not_found(self):
+        self.refused(grpc.StatusCode.NOT_FOUND, lambda: self.inference.Complete(completion(model="gpt-5")))
+
+    def test_a_request_id_in_flight_is_taken(self):
+        stream = self.inference.StreamComplete(streamed(completion(max_tokens=8000, request_id="twice")))
+        next(stream)
+        self.refused(grpc.StatusCode.ALREADY_EXISTS,
+                     lambda: self.inference.Complete(completion(request_id="twice")))
+        stream.cancel()
+
+    def test_a_model_without_a_chat_form_refuses_to_chat(self):
+        request = inference_pb2.ChatRequest(messages=[inference_pb2.ChatMessage(role="user", content="hi")])
+        self.refused(grpc.StatusCode.FAILED_PRECONDITION, lambda: self.inference.Chat(request))
+
+    def test_spans_of_every_layer_and_head_are_served(self):
+        self.inference.Complete(completion(max_tokens=40))
+        stub = attention_pb2_grpc.AttentionServiceStub(self.server.channel)
+        snapshot = stub.GetAttentionSpans(attention_pb2.GetAttentionSpansRequest()).snapshot
+        self.assertGreater(snapshot.observed_tokens, 0)
+        self.assertEqual(len(snapshot.layers), 10)
+        self.assertEqual({len(layer.mean_tokens) for layer in snapshot.layers}, {6})
+
+    def test_promtool_finds_nothing_wrong_with_the_pages(self):
+        self.inference.Complete(completion(max_tokens=20))
+        for path in ("/metrics", "/metrics/attention"):
+            lines = self.server.page(path).splitlines(keepends=True)
+            ours = "".join(line for line in lines if "vllm:" not in line)
+            self.assertIn("longspan_", ours)
+            check = subprocess.run(["promtool", "check", "metrics"], input=ours, text=True, capture_output=True)
+            self.assertEqual((check.returncode, check.stdout + check.stderr), (0, ""), path)
+
+
+class Ending(unittest.TestCase):
+    """SIGTERM, each time to a server of its own."""
+
+    @contextlib.contextmanager
+    def loaded(self, tokens, *flags):
+        """A server with four streams under way, each past its first event."""
+        server = Server(*flags)
+        try:
+            streams = [server.inference.StreamComplete(streamed(completion(max_tokens=tokens))) for _ in range(4)]
+            for stream in streams:
+                next(stream)
+            yield server, streams
+        finally:
+            server.kill()
+
+    def test_sigterm_lets_accepted_requests_finish(self):
+        with self.loaded(300, "--withdrawal-grace", "300ms") as (server, streams):
+            server.signal(signal.SIGTERM)
+            end = time.monotonic() + 5
+            while server.health(INFERENCE) != NOT_SERVING:
+                self.assertLess(time.monotonic(), end, "still ready after SIGTERM")
+            self.assertEqual(server.health(""), SERVING)
+            for stream in streams:
+                self.assertEqual(list(stream)[-1].usage.completion_tokens, 300)
+            self.assertEqual(server.wait(), 0)
+
+    def test_new_requests_are_unavailable_after_the_grace(self):
+        with self.loaded(4000, "--withdrawal-grace", "0s", "--shutdown-timeout", "60s") as (server, streams):
+            server.signal(signal.SIGTERM)
+            end = time.monotonic() + 5
+            with self.assertRaises(grpc.RpcError) as caught:
+                while time.monotonic() < end:
+                    server.inference.Complete(completion(max_tokens=1))
+            self.assertEqual(caught.exception.code(), grpc.StatusCode.UNAVAILABLE)
+            for stream in streams:
+                stream.cancel()
+            self.assertEqual(server.wait(), 0)
+
+    def test_what_outlasts_the_shutdown_timeout_is_cut_off(self):
+        with self.loaded(16000, "--withdrawal-grace", "0s", "--shutdown-timeout", "500ms") as (server, streams):
+            begin = time.monotonic()
+            server.signal(signal.SIGTERM)
+            for stream in streams:
+                with self.assertRaises(grpc.RpcError) as caught:
+                    list(stream)
+                self.assertIn(caught.exception.code(), (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED))
+            server.wait()
+            self.assertLess(time.monotonic() - begin, 10)
+
+    def test_a_second_sigterm_quits(self):
+        with self.loaded(16000, "--shutdown-timeout", "60s") as (server, _):
+            server.signal(signal.SIGTERM)
+            time.sleep(0.3)
+            begin = time.monotonic()
+            server.signal(signal.SIGTERM)
+            server.wait()
+            self.assertLess(time.monotonic() - begin, 10)
+
+    def test_an_idle_server_stops_at_once(self):
+        server = Server("--withdrawal-grace", "0s")
+        self.addCleanup(server.kill)
+        server.page("/metrics")
+        begin = time.monotonic()
+        server.signal(signal.SIGTERM)
+        self.assertEqual(server.wait(), 0)
+        self.assertLess(time.monotonic() - begin, 3)
+
+    def test_a_port_in_use_is_named(self):
+        server = Server()
+        self.addCleanup(server.kill)
+        second = subprocess.run([os.environ["LONGSPAN"], "serve", "--grpc", server.grpc, "--http", "127.0.0.1:0"],
+                                capture_output=True, text=True, timeout=30)
+        self.assertNotEqual(second.returncode, 0)
+        self.assertIn(server.grpc, second.stderr)
+
+
+if __name__ == "__main__":
+    unittest.main()
