@@ -4,6 +4,7 @@
 
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_format.h"
+#include "grpc/health/v1/health.grpc.pb.h"
 #include "longspan/v1/admin.grpc.pb.h"
 #include "longspan/v1/inference.grpc.pb.h"
 #include "server/cli.h"
@@ -80,15 +81,25 @@ int RunHealth(int argc, char** argv) {
   cli::ServerFlag(flags, &server);
   flags.Duration("timeout", &timeout, "how long to wait for an answer");
   if (auto exit = flags.Parse(argc, argv); exit.has_value()) return *exit;
-  v1::GetLoadResponse load;
-  grpc::ClientContext context;
-  context.set_deadline(std::chrono::system_clock::now() + absl::ToChronoMilliseconds(timeout));
-  auto stub = v1::AdminService::NewStub(Connect(server));
-  if (const auto status = stub->GetLoad(&context, {}, &load); !status.ok()) {
+  const auto deadline = std::chrono::system_clock::now() + absl::ToChronoMilliseconds(timeout);
+  const auto channel = Connect(server);
+  grpc::health::v1::HealthCheckRequest question;
+  question.set_service(v1::InferenceService::service_full_name());
+  grpc::health::v1::HealthCheckResponse answer;
+  grpc::ClientContext health_context, load_context;
+  health_context.set_deadline(deadline);
+  load_context.set_deadline(deadline);
+  auto health = grpc::health::v1::Health::NewStub(channel);
+  if (const auto status = health->Check(&health_context, question, &answer); !status.ok()) {
     return Fail("health", status);
   }
-  const bool ready = load.state() == v1::SERVING_STATE_SERVING;
-  std::cout << (ready ? "ready" : "draining") << ": " << load.running_requests() << " running, "
+  v1::GetLoadResponse load;
+  auto admin = v1::AdminService::NewStub(channel);
+  if (const auto status = admin->GetLoad(&load_context, {}, &load); !status.ok()) {
+    return Fail("health", status);
+  }
+  const bool ready = answer.status() == grpc::health::v1::HealthCheckResponse::SERVING;
+  std::cout << (ready ? "ready" : "not ready") << ": " << load.running_requests() << " running, "
             << load.queued_requests() << " waiting, " << load.used_cache_bytes() << " of "
             << load.total_cache_bytes() << " cache bytes used\n";
   return ready ? 0 : 1;
