@@ -1,12 +1,16 @@
 #include "server/rpc_interceptor.h"
 
+#include <google/protobuf/descriptor.h>
 #include <google/protobuf/stubs/logging.h>
 
 #include <string>
 #include <utility>
+#include <vector>
 
+#include "absl/container/flat_hash_set.h"
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_replace.h"
 #include "absl/strings/strip.h"
 #include "server/status.h"
 
@@ -21,17 +25,40 @@ void KeepComplaint(google::protobuf::LogLevel, const char*, int, const std::stri
   last_complaint = message;
 }
 
-// The 'package.Message.field' that a complaint quotes, without its package and message.
-std::string FieldIn(const std::string& complaint) {
+// The 'package.Message.field' that a complaint quotes.
+absl::string_view QuotedIn(absl::string_view complaint) {
   const size_t open = complaint.find('\'');
   const size_t close = complaint.find('\'', open + 1);
-  if (open == std::string::npos || close == std::string::npos) return "";
-  const std::string name = complaint.substr(open + 1, close - open - 1);
-  return name.substr(name.rfind('.') + 1);
+  if (open == absl::string_view::npos || close == absl::string_view::npos) return "";
+  return complaint.substr(open + 1, close - open - 1);
 }
 
-grpc::Status Unparsable() {
-  const std::string field = FieldIn(std::exchange(last_complaint, ""));
+// The shortest way from a message to a field of it or of what it holds: "stopping.stop".
+std::string PathTo(absl::string_view field, const google::protobuf::Descriptor& message) {
+  std::vector<std::pair<const google::protobuf::Descriptor*, std::string>> queue = {{&message, ""}};
+  absl::flat_hash_set<const google::protobuf::Descriptor*> seen = {&message};
+  for (size_t next = 0; next < queue.size(); ++next) {
+    const auto [type, prefix] = queue[next];
+    for (int i = 0; i < type->field_count(); ++i) {
+      const google::protobuf::FieldDescriptor& f = *type->field(i);
+      if (f.full_name() == field) return absl::StrCat(prefix, f.name());
+      if (f.message_type() != nullptr && seen.insert(f.message_type()).second) {
+        queue.emplace_back(f.message_type(), absl::StrCat(prefix, f.name(), "."));
+      }
+    }
+  }
+  return "";
+}
+
+// method: "longspan.v1.InferenceService/Complete".
+std::string FieldIn(absl::string_view complaint, absl::string_view method) {
+  const auto* found = google::protobuf::DescriptorPool::generated_pool()->FindMethodByName(
+      absl::StrReplaceAll(method, {{"/", "."}}));
+  return found == nullptr ? "" : PathTo(QuotedIn(complaint), *found->input_type());
+}
+
+grpc::Status Unparsable(absl::string_view method) {
+  const std::string field = FieldIn(std::exchange(last_complaint, ""), method);
   return ToGrpc(absl::InvalidArgumentError(
       field.empty() ? "request: is not a message of this method"
                     : absl::StrCat(field, ": has a string that is not valid UTF-8")));
@@ -39,7 +66,8 @@ grpc::Status Unparsable() {
 
 class RpcInterceptor final : public grpc::experimental::Interceptor {
  public:
-  RpcInterceptor(Metrics& metrics, const char* method) : metrics_(metrics), method_(method) {}
+  RpcInterceptor(Metrics& metrics, absl::string_view method)
+      : metrics_(metrics), method_(absl::StripPrefix(method, "/")) {}
 
   void Intercept(grpc::experimental::InterceptorBatchMethods* methods) override {
     using grpc::experimental::InterceptionHookPoints;
@@ -47,17 +75,17 @@ class RpcInterceptor final : public grpc::experimental::Interceptor {
       grpc::Status status = methods->GetSendStatus();
       // No handler of ours answers this; gRPC does when a request did not parse.
       if (status.error_code() == grpc::UNIMPLEMENTED && status.error_message().empty()) {
-        status = Unparsable();
+        status = Unparsable(method_);
         methods->ModifySendStatus(status);
       }
-      metrics_.CountRpc(std::string(absl::StripPrefix(method_, "/")), CodeName(status));
+      metrics_.CountRpc(method_, CodeName(status));
     }
     methods->Proceed();
   }
 
  private:
   Metrics& metrics_;
-  const char* method_;
+  const std::string method_;
 };
 
 class RpcInterceptorFactory final : public grpc::experimental::ServerInterceptorFactoryInterface {

@@ -258,7 +258,7 @@ TEST_F(ServerTest, RefusesBrokenUtf8InAStopStringByName) {
   const grpc::Status status = testing::CallRaw(
       shared_->channel(), absl::StrCat("/", kInference, "/Complete"), bytes, &response);
   EXPECT_EQ(status.error_code(), grpc::INVALID_ARGUMENT) << status.error_message();
-  EXPECT_EQ(DetailOf<google::rpc::BadRequest>(status).field_violations(0).field(), "stop");
+  EXPECT_EQ(DetailOf<google::rpc::BadRequest>(status).field_violations(0).field(), "stopping.stop");
 }
 
 TEST_F(ServerTest, RefusesBytesThatAreNoMessage) {
