@@ -49,13 +49,26 @@ void AddRow(const ModelSpec& spec, absl::Span<const SpanRecord> records, int64_t
 }
 
 AttentionSpans::AttentionSpans(const ModelSpec& spec) : spec_(spec) {
-  totals_.sums = EmptySums(spec);
+  absl::MutexLock lock(&mu_);
+  Clear();
+}
+
+void AttentionSpans::Clear() {
+  const uint64_t sequence = totals_.sequence;
+  totals_ = SpanSnapshot();
+  totals_.sequence = sequence;
+  totals_.sums = EmptySums(spec_);
+  totals_.recent_distance.resize(totals_.sums.sums.size());
 }
 
 void AttentionSpans::Add(absl::Span<const SpanRecord> records, int64_t position,
                          absl::Span<const int32_t> tokens, int32_t next) {
   absl::MutexLock lock(&mu_);
   AddRow(spec_, records, position, tokens, next, totals_.sums);
+  const double weight = totals_.observed_queries == 0 ? 1 : kRecentWeight;
+  for (size_t i = 0; i < records.size(); ++i) {
+    totals_.recent_distance[i] += weight * (records[i].distance - totals_.recent_distance[i]);
+  }
   ++totals_.observed_queries;
 }
 
@@ -86,10 +99,7 @@ SpanSnapshot AttentionSpans::Snapshot() const {
 
 void AttentionSpans::Reset() {
   absl::MutexLock lock(&mu_);
-  const uint64_t sequence = totals_.sequence;
-  totals_ = SpanSnapshot();
-  totals_.sequence = sequence;
-  totals_.sums = EmptySums(spec_);
+  Clear();
 }
 
 }  // namespace longspan

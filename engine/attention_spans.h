@@ -21,7 +21,10 @@ struct SpanSnapshot {
   uint64_t observed_requests = 0;  // that had at least one observed query
   uint64_t sampled_steps = 0, dropped_steps = 0;
   SpanSums sums;
+  // Per layer and head: the mean distance, each query weighing kRecentWeight less than the next.
+  std::vector<double> recent_distance;
 };
+inline constexpr double kRecentWeight = 1.0 / 64;
 
 // Adds one observed query row to `sums`. records: [layers * max_heads], layer-major; `position` is
 // t, `tokens` the sequence so far, `next` the token that was sampled from the row. A copy hit is
@@ -45,6 +48,8 @@ class AttentionSpans {
   void Reset();                   // any thread
 
  private:
+  void Clear() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);  // all but the sequence
+
   const ModelSpec& spec_;
   mutable absl::Mutex mu_;
   SpanSnapshot totals_ ABSL_GUARDED_BY(mu_);

@@ -31,7 +31,8 @@ struct EngineStats {
   int running = 0, queued = 0;  // choices with and without cache
   int64_t queued_tokens = 0;    // prompts of requests that have not begun
   CacheUsage cache;
-  uint64_t prompt_tokens = 0, generation_tokens = 0, preemptions = 0, steps = 0;
+  uint64_t prompt_tokens = 0, cached_prompt_tokens = 0;  // cached: read with another choice's
+  uint64_t generation_tokens = 0, preemptions = 0, steps = 0;
   uint64_t step_rows = 0;
   uint64_t finished_stop = 0, finished_length = 0, cancelled = 0, deadline_exceeded = 0, failed = 0,
            refused_never_fits = 0, refused_queue_full = 0;

@@ -152,6 +152,7 @@ bool Engine::Impl::ForkChoice(Active& active, int index, const Sequence& first) 
   }
   sequence.ticket = state.ticket;
   owners[state.ticket] = {&active, &sequence};
+  local.cached_prompt_tokens += active.request.prompt.size();
   return true;
 }
 

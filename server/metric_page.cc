@@ -87,6 +87,7 @@ void AddEngineSeries(const Engine& engine, const Backend& backend, const std::st
   }
   page.Counter("longspan_prompt_tokens_total", "Prompt tokens by where their keys came from.",
                s.prompt_tokens, {{"source", "computed"}});
+  page.Counter("longspan_prompt_tokens_total", "", s.cached_prompt_tokens, {{"source", "cached"}});
   page.Counter("longspan_generation_tokens_total", "Tokens generated.", s.generation_tokens);
   const struct {
     const char* outcome;
@@ -201,7 +202,9 @@ std::vector<AttentionLayer> AttentionLayers(const ModelSpec& spec, const SpanSum
   return layers;
 }
 
-void AddHeads(const SpanSums& sums, const std::vector<AttentionLayer>& layers, MetricPage& page) {
+void AddHeads(const SpanSnapshot& snapshot, const std::vector<AttentionLayer>& layers,
+              MetricPage& page) {
+  const SpanSums& sums = snapshot.sums;
   for (const AttentionSeries& series : kAttentionSeries) {
     for (const AttentionLayer& layer : layers) {
       for (int h = 0; h < layer.heads; ++h) {
@@ -213,10 +216,9 @@ void AddHeads(const SpanSums& sums, const std::vector<AttentionLayer>& layers, M
   }
   for (const AttentionLayer& layer : layers) {
     for (int h = 0; h < layer.heads; ++h) {
-      const HeadSums& s = sums.at(layer.index, h);
       page.Gauge("longspan_attention_head_span_tokens",
-                 "Mean attention distance since start or reset, sinks excluded.",
-                 s.queries > 0 ? s.distance / s.queries : 0,
+                 "Mean attention distance of about the last 64 observed queries, sinks excluded.",
+                 snapshot.recent_distance[layer.index * sums.heads + h],
                  layer.With("head", Padded(h, sums.heads)));
     }
   }
@@ -276,7 +278,8 @@ void AddAttentionLayers(const Engine& engine, MetricPage& page) {
                static_cast<double>(snapshot.dropped_steps));
 }
 
-void AddAttentionDetail(const Engine& engine, bool per_head, MetricPage& page) {
+void AddAttentionDetail(const Engine& engine, bool per_head, const std::vector<double>& needle_mass,
+                        MetricPage& page) {
   const ModelSpec& spec = engine.model().model->spec();
   const SpanSnapshot snapshot = engine.spans().Snapshot();
   const std::vector<AttentionLayer> layers = AttentionLayers(spec, snapshot.sums);
@@ -295,7 +298,16 @@ void AddAttentionDetail(const Engine& engine, bool per_head, MetricPage& page) {
         "Heads that copy from beyond the window in more than a tenth of the observed queries.",
         count, {{"kind", kind}});
   }
-  if (per_head) AddHeads(snapshot.sums, layers, page);
+  for (const AttentionLayer& layer : layers) {
+    if (!per_head || needle_mass.empty()) break;
+    for (int h = 0; h < layer.heads; ++h) {
+      page.Gauge("longspan_attention_needle_mass",
+                 "Mean attention on the needle while the last needle run's answers began.",
+                 needle_mass[layer.index * snapshot.sums.heads + h],
+                 layer.With("head", Padded(h, snapshot.sums.heads)));
+    }
+  }
+  if (per_head) AddHeads(snapshot, layers, page);
 }
 
 }  // namespace longspan

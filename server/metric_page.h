@@ -35,6 +35,8 @@ void AddEngineSeries(const Engine& engine, const Backend& backend, const std::st
 // Per layer, summed over heads: small enough for /metrics.
 void AddAttentionLayers(const Engine& engine, MetricPage& page);
 // For /metrics/attention: where each layer's mass lies and, if per_head, the layer × head matrices.
-void AddAttentionDetail(const Engine& engine, bool per_head, MetricPage& page);
+// needle_mass: [layers, heads] of the last needle run, or empty.
+void AddAttentionDetail(const Engine& engine, bool per_head, const std::vector<double>& needle_mass,
+                        MetricPage& page);
 
 }  // namespace longspan

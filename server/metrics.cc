@@ -160,6 +160,11 @@ void Metrics::SetNeedleScore(int context_length, double depth_percent, double sc
       .Set(score);
 }
 
+void Metrics::SetNeedleMass(std::vector<double> mean) {
+  absl::MutexLock lock(&mu_);
+  needle_mass_ = std::move(mean);
+}
+
 void Metrics::Attach(const Engine* engine, const Backend* backend, SpanLevel level) {
   backend_ = backend;
   level_ = level;
@@ -182,7 +187,12 @@ std::string Metrics::AttentionPage() const {
   MetricPage page;
   if (const Engine* engine = engine_.load(std::memory_order_acquire);
       engine != nullptr && level_ != SpanLevel::kOff) {
-    AddAttentionDetail(*engine, /*per_head=*/level_ == SpanLevel::kHead, page);
+    std::vector<double> needle_mass;
+    {
+      absl::MutexLock lock(&mu_);
+      needle_mass = needle_mass_;
+    }
+    AddAttentionDetail(*engine, /*per_head=*/level_ == SpanLevel::kHead, needle_mass, page);
   }
   return Serialize(page.Take());
 }

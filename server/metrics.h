@@ -29,6 +29,7 @@ class Metrics {
   void OnStep(const StepReport& report);
   void CountRpc(const std::string& method, const std::string& code);
   void SetNeedleScore(int context_length, double depth_percent, double score);
+  void SetNeedleMass(std::vector<double> mean);  // [layers, heads]
 
   // The engine is known only after it was created with OnStep; until then pages lack its series.
   void Attach(const Engine* engine, const Backend* backend, SpanLevel level);
@@ -47,6 +48,8 @@ class Metrics {
   std::atomic<const Engine*> engine_{nullptr};
   const Backend* backend_ = nullptr;
   SpanLevel level_ = SpanLevel::kOff;
+  mutable absl::Mutex mu_;
+  std::vector<double> needle_mass_ ABSL_GUARDED_BY(mu_);
 };
 
 }  // namespace longspan

@@ -203,12 +203,15 @@ std::vector<MeanScore> ByDepth(const NeedleReport& report) {
   return means;
 }
 
+bool OutOfReach(const v1::NeedleCell& cell, int window) {
+  return int64_t{cell.prompt_tokens()} - int64_t{cell.needle_token_end()} >= 2 * int64_t{window};
+}
+
 std::vector<HeadMass> HeadsByMass(const NeedleReport& report) {
   std::map<std::pair<uint32_t, uint32_t>, HeadMass> sums;
   int cells = 0;
   for (const v1::NeedleCell& cell : report.cells) {
-    const int64_t back = int64_t{cell.prompt_tokens()} - int64_t{cell.needle_token_end()};
-    if (cell.layers().empty() || back < 2 * report.window) continue;
+    if (cell.layers().empty() || !OutOfReach(cell, report.window)) continue;
     ++cells;
     for (const v1::LayerNeedleMass& layer : cell.layers()) {
       for (int h = 0; h < layer.head_mass_size(); ++h) {

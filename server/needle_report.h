@@ -43,6 +43,7 @@ struct HeadMass {
 // more than two windows before the answer: nearer ones are in reach of every head (the paper's
 // threshold and rule).
 inline constexpr double kRetrievalMass = 0.1;
+bool OutOfReach(const v1::NeedleCell& cell, int window);
 
 MeanScore Overall(const NeedleReport& report);
 std::vector<MeanScore> ByLength(const NeedleReport& report);

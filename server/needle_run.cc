@@ -7,6 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/time/clock.h"
+#include "server/needle_report.h"
 #include "server/needle_request.h"
 #include "server/span_proto.h"
 
@@ -39,11 +40,13 @@ void SetMass(const std::vector<std::vector<float>>& mass, const ModelSpec& spec,
 }  // namespace
 
 NeedleRun::NeedleRun(const Frontend& frontend, v1::RunNeedleRequest request,
-                     std::shared_ptr<const NeedlePrompter> prompter, OnScore on_score)
+                     std::shared_ptr<const NeedlePrompter> prompter, OnScore on_score,
+                     OnMass on_mass)
     : frontend_(frontend),
       request_(std::move(request)),
       prompter_(std::move(prompter)),
       on_score_(std::move(on_score)),
+      on_mass_(std::move(on_mass)),
       cells_(CellsOf(request_)),
       scores_(static_cast<size_t>(request_.context_lengths_size()) *
               request_.depth_percents_size()) {
@@ -217,6 +220,7 @@ absl::Status NeedleRun::SubmitOnce(const v1::NeedleCell& cell, const NeedlePromp
       cell.set_ttft_seconds(absl::ToDoubleSeconds(event.timings.time_to_first_token));
       SetMass(event.probe_mass, *self->frontend_.conversion.spec,
               self->request_.record_attention_spans(), cell);
+      self->AddMass(cell, event.probe_mass);
     } else {
       cell.set_error(absl::StrCat(absl::StatusCodeToString(event.status.code()), ": ",
                                   event.status.message()));
@@ -234,6 +238,21 @@ absl::Status NeedleRun::SubmitOnce(const v1::NeedleCell& cell, const NeedlePromp
   }
   if (cancelled) frontend_.engine.Cancel(id);
   return status;
+}
+
+void NeedleRun::AddMass(const v1::NeedleCell& cell, const std::vector<std::vector<float>>& mass) {
+  if (mass.empty() || !OutOfReach(cell, frontend_.conversion.spec->window())) return;
+  std::vector<double> mean;
+  {
+    absl::MutexLock lock(&mu_);
+    mass_.resize(mass.size() * mass[0].size());
+    ++mass_cells_;
+    size_t i = 0;
+    for (const std::vector<float>& layer : mass) {
+      for (const float m : layer) mean.push_back((mass_[i++] += m) / mass_cells_);
+    }
+  }
+  on_mass_(std::move(mean));
 }
 
 // A cell is done, or cannot be; `request_id` is empty if it never was in flight.

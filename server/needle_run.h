@@ -25,10 +25,13 @@ class NeedleRun : public std::enable_shared_from_this<NeedleRun> {
   };
   // Told the mean score so far of a (context length, depth) whenever it changes.
   using OnScore = std::function<void(int context_length, double depth_percent, double score)>;
+  // Told each head's mean mass on the needle so far, [layers, heads], over the cells whose needle
+  // is out of every window's reach (needle_report.h has the rule).
+  using OnMass = std::function<void(std::vector<double> mean)>;
 
   // `request` is complete (needle_request.h) and has a run_id.
   NeedleRun(const Frontend& frontend, v1::RunNeedleRequest request,
-            std::shared_ptr<const NeedlePrompter> prompter, OnScore on_score);
+            std::shared_ptr<const NeedlePrompter> prompter, OnScore on_score, OnMass on_mass);
   ~NeedleRun();
 
   void Start();
@@ -59,6 +62,7 @@ class NeedleRun : public std::enable_shared_from_this<NeedleRun> {
   absl::Status SubmitOnce(const v1::NeedleCell& cell, const NeedlePrompt& prompt);
   v1::NeedleCell CellOf(const v1::NeedleCellKey& key) const;
   void Record(v1::NeedleCell cell, const std::string& request_id);
+  void AddMass(const v1::NeedleCell& cell, const std::vector<std::vector<float>>& mass);
   void Finish();
   void Notify();
   v1::NeedleSummary SummaryLocked() const ABSL_SHARED_LOCKS_REQUIRED(mu_);
@@ -68,6 +72,7 @@ class NeedleRun : public std::enable_shared_from_this<NeedleRun> {
   const v1::RunNeedleRequest request_;
   const std::shared_ptr<const NeedlePrompter> prompter_;
   const OnScore on_score_;
+  const OnMass on_mass_;
   const std::vector<v1::NeedleCellKey> cells_;
   const absl::Time started_ = absl::Now();
   std::thread thread_;
@@ -77,6 +82,8 @@ class NeedleRun : public std::enable_shared_from_this<NeedleRun> {
   std::vector<std::shared_ptr<Watcher>> watchers_ ABSL_GUARDED_BY(mu_);
   std::set<std::string> in_flight_ ABSL_GUARDED_BY(mu_);
   std::vector<Score> scores_ ABSL_GUARDED_BY(mu_);  // [lengths, depths]
+  std::vector<double> mass_ ABSL_GUARDED_BY(mu_);   // [layers, heads], sums over mass_cells_
+  int mass_cells_ ABSL_GUARDED_BY(mu_) = 0;
   uint32_t done_ ABSL_GUARDED_BY(mu_) = 0;
   uint32_t failed_ ABSL_GUARDED_BY(mu_) = 0;
   bool cancelled_ ABSL_GUARDED_BY(mu_) = false;

@@ -72,7 +72,8 @@ class NeedleRuns {
     *created = true;
     return Add(std::make_shared<NeedleRun>(
         frontend_, *std::move(completed), *std::move(prompter),
-        [this](int length, double depth, double score) { Publish(length, depth, score); }));
+        [this](int length, double depth, double score) { Publish(length, depth, score); },
+        [this](std::vector<double> mean) { frontend_.metrics.SetNeedleMass(std::move(mean)); }));
   }
 
   absl::StatusOr<std::shared_ptr<NeedleRun>> Find(const std::string& id) const {

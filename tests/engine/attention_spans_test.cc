@@ -67,6 +67,21 @@ TEST(AttentionSpans, AddUpPerLayerAndHead) {
   EXPECT_EQ(got.sums.at(1, 2).queries, 0) << "the second layer has two heads only";
 }
 
+TEST(AttentionSpans, RecentDistanceForgetsWhatIsLongPast) {
+  const ModelSpec spec = Hybrid();
+  AttentionSpans spans(spec);
+  const std::vector<int32_t> tokens = Tokens(40);
+  const auto recent = [&] { return spans.Snapshot().recent_distance[4]; };  // distance is 4 * scale
+  spans.Add(Records(1), 39, tokens, 7);
+  EXPECT_EQ(recent(), 4) << "the first query is all there is";
+  spans.Add(Records(2), 39, tokens, 7);
+  EXPECT_DOUBLE_EQ(recent(), 4 + 4 * kRecentWeight);
+  for (int i = 0; i < 1000; ++i) spans.Add(Records(2), 39, tokens, 7);
+  EXPECT_NEAR(recent(), 8, 1e-5);  // 4 * (63/64)^1001 is below 6e-7
+  spans.Reset();
+  EXPECT_EQ(recent(), 0);
+}
+
 TEST(AttentionSpans, SinkMassCountsOnlyWhereTheWindowIsPastTheSinks) {
   const ModelSpec spec = Hybrid();
   SpanSums sums = EmptySums(spec);
