@@ -44,6 +44,13 @@ struct OpTotals {
   std::atomic<int64_t> calls{0}, nanoseconds{0}, bytes{0}, flops{0};
 };
 
+// The most that a device was seen to do: what ops' bytes and operations per second are held
+// against.
+struct Roofline {
+  double bytes_per_second = 0;       // read from memory far larger than the caches
+  double operations_per_second = 0;  // of its fastest dot-product instruction that ops use
+};
+
 struct CpuOptions {
   int threads = 0;        // 0: one per core that the process may run on
   std::string simd = "";  // "": the best this machine has; else "avx512", "avx2" or "portable"
@@ -80,6 +87,9 @@ class Backend {
   virtual void CopyOut(void* to, const void* from,
                        size_t bytes) = 0;  // device to host, complete on return
   virtual void CopyWithin(void* to, const void* from, size_t bytes) = 0;
+
+  // Measures it, with ops idle; takes about a second.
+  virtual Roofline MeasureRoofline() = 0;
 
   const OpTotals& Profile(OpId op) const { return profile_[static_cast<int>(op)]; }
 

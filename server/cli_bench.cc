@@ -3,12 +3,12 @@
 #include <cmath>
 #include <iostream>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <thread>
 
 #include "absl/random/random.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
-#include "absl/synchronization/blocking_counter.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
 #include "engine/engine.h"
@@ -25,14 +25,13 @@ using nlohmann::ordered_json;
 
 struct BenchOptions {
   std::string model, server, kv_dtype = "bf16";
-  std::vector<int64_t> prompts = {128, 512, 2048};
-  int tokens = 64, batch = 8, repeats = 3, threads = 0, max_batched_tokens = 512;
+  std::vector<int64_t> prompts = {128, 512, 2048}, contexts = {32}, batches = {1, 8};
+  int tokens = 64, repeats = 3, threads = 0, max_batched_tokens = 512;
   int requests = 64, concurrency = 8;
   bool json = false, ops = true;
 };
 
-// --- Offline
-// ---------------------------------------------------------------------------------------
+// --- Offline ---
 
 struct OpCount {
   int64_t calls = 0, nanoseconds = 0, bytes = 0, flops = 0;
@@ -48,10 +47,19 @@ OpCounts ReadProfile(const Backend& backend) {
   return counts;
 }
 
-// One measured kind of work: the median of its repeats, and the ops of all of them.
-struct Phase {
+// A kind of work. `readers` prompts of `context` tokens are read, one after another, while
+// `decoders` sequences that have read `context` tokens of their own generate; without decoders or
+// without readers it is prefill or decode alone.
+struct Work {
   std::string name;
-  double tokens_per_second = 0;
+  int readers = 0, decoders = 0, context = 0;
+};
+
+// One measured kind of work: medians over its repeats, and the ops of all of them.
+struct Phase {
+  Work work;
+  double tokens_per_second = 0;  // of the readers if there are any, else of the decoders
+  double longest_gap = 0;        // seconds between two tokens of a decoder
   OpCounts ops;
 };
 
@@ -59,17 +67,20 @@ class OfflineBench {
  public:
   static absl::StatusOr<std::unique_ptr<OfflineBench>> Open(const BenchOptions& options);
 
-  // `sequences` prompts of `prompt` tokens at once, `output` tokens each; counts prompt tokens if
-  // output is 1, else generated ones.
-  absl::StatusOr<Phase> Measure(std::string name, int sequences, int prompt, int output);
+  absl::StatusOr<Phase> Measure(const Work& work);
   int max_context() const { return engine_->options().max_context; }
   std::string Title() const {
     return absl::StrCat(loaded_.model->spec().name, " on ", backend_->name());
   }
+  Roofline MeasureRoofline() { return backend_->MeasureRoofline(); }
 
  private:
   explicit OfflineBench(const BenchOptions& options) : options_(options) {}
-  absl::StatusOr<double> Once(int sequences, int prompt, int output);
+  class Sequence;
+  struct Run {
+    double seconds = 0, longest_gap = 0;
+  };
+  absl::StatusOr<Run> Once(const Work& work);
 
   const BenchOptions options_;
   std::unique_ptr<Backend> backend_;
@@ -95,65 +106,132 @@ absl::StatusOr<std::unique_ptr<OfflineBench>> OfflineBench::Open(const BenchOpti
   bench->loaded_ = *std::move(loaded);
   EngineOptions engine_options;
   engine_options.limits.max_batched_tokens = options.max_batched_tokens;
+  engine_options.limits.max_running = std::max<int>(
+      engine_options.limits.max_running,
+      static_cast<int>(*std::max_element(options.batches.begin(), options.batches.end())) + 1);
   auto engine = Engine::Create(&bench->loaded_, *bench->backend_, engine_options);
   if (!engine.ok()) return engine.status();
   bench->engine_ = *std::move(engine);
   return bench;
 }
 
-// Seconds of the counted part of one run.
-absl::StatusOr<double> OfflineBench::Once(int sequences, int prompt, int output) {
-  const int vocab = loaded_.model->spec().vocab;
-  absl::BlockingCounter left(sequences);
-  absl::Mutex mu;
-  absl::Status failed;
-  double slowest = 0;
-  const absl::Time begin = absl::Now();
-  for (int s = 0; s < sequences; ++s) {
+// One request of a bench, watched from any thread.
+class OfflineBench::Sequence {
+ public:
+  // Random-looking tokens, greedy, to the last of `output` tokens.
+  static absl::StatusOr<std::unique_ptr<Sequence>> Start(OfflineBench& bench, int prompt,
+                                                         int output) {
+    auto sequence = std::make_unique<Sequence>();
+    const int run = ++bench.runs_;
     Request request;
-    request.id = absl::StrCat("bench-", ++runs_);
-    for (int i = 0; i < prompt; ++i) request.prompt.push_back((i * 7919 + s * 104729) % vocab);
+    request.id = sequence->id_ = absl::StrCat("bench-", run);
+    const int vocab = bench.loaded_.model->spec().vocab;
+    for (int64_t i = 0; i < prompt; ++i) {
+      request.prompt.push_back(static_cast<int32_t>((i * 7919 + run * int64_t{104729}) % vocab));
+    }
     request.sampling.temperature = 0;
     request.stopping.max_tokens = output;
     request.stopping.ignore_eos = true;
-    const absl::Status status = engine_->Submit(std::move(request), [&](Event event) {
-      if (event.kind != Event::Kind::kFinished) return;
-      {
-        absl::MutexLock lock(&mu);
-        if (!event.status.ok()) failed = event.status;
-        slowest = std::max(slowest, absl::ToDoubleSeconds(event.timings.decode));
+    const absl::Status status = bench.engine_->Submit(
+        std::move(request), [s = sequence.get()](Event event) { s->On(std::move(event)); });
+    if (!status.ok()) return status;
+    return sequence;
+  }
+
+  void AwaitFirstToken() {
+    absl::MutexLock lock(&mu_);
+    mu_.Await(absl::Condition(this, &Sequence::Begun));
+  }
+  absl::Status AwaitEnd() {
+    absl::MutexLock lock(&mu_);
+    mu_.Await(absl::Condition(this, &Sequence::Ended));
+    return *status_;
+  }
+  const std::string& id() const { return id_; }
+  // Call these after AwaitEnd().
+  absl::Time first() const { return first_; }
+  absl::Time last() const { return last_; }
+  absl::Duration longest_gap() const { return longest_gap_; }
+
+ private:
+  void On(Event event) {
+    const absl::Time now = absl::Now();
+    absl::MutexLock lock(&mu_);
+    if (event.kind == Event::Kind::kFinished) {
+      status_ = std::move(event.status);
+    } else if (event.kind == Event::Kind::kDelta && !event.tokens.empty()) {
+      if (first_ == absl::InfiniteFuture()) {
+        first_ = now;
+      } else {
+        longest_gap_ = std::max(longest_gap_, now - last_);
       }
-      left.DecrementCount();
-    });
-    if (!status.ok()) {
-      absl::MutexLock lock(&mu);
-      failed = status;
-      left.DecrementCount();
+      last_ = now;
     }
   }
-  left.Wait();
-  const double whole = absl::ToDoubleSeconds(absl::Now() - begin);
-  engine_->WaitIdle(absl::Seconds(1));
-  if (!failed.ok()) return failed;
-  return output == 1 ? whole : slowest;
+  bool Begun() const { return first_ != absl::InfiniteFuture() || Ended(); }
+  bool Ended() const { return status_.has_value(); }
+
+  std::string id_;
+  absl::Mutex mu_;
+  std::optional<absl::Status> status_;
+  absl::Time first_ = absl::InfiniteFuture(), last_;
+  absl::Duration longest_gap_;
+};
+
+absl::StatusOr<OfflineBench::Run> OfflineBench::Once(const Work& work) {
+  const bool mixed = work.readers > 0 && work.decoders > 0;
+  // Beside readers the decoders go on until they are told to stop.
+  const int output = mixed ? max_context() - work.context : options_.tokens + 1;
+  std::vector<std::unique_ptr<Sequence>> decoders;
+  for (int i = 0; i < work.decoders; ++i) {
+    auto started = Sequence::Start(*this, work.context, output);
+    if (!started.ok()) return started.status();
+    decoders.push_back(*std::move(started));
+  }
+  for (const auto& decoder : decoders) decoder->AwaitFirstToken();
+  const absl::Time begin = absl::Now();
+  for (int i = 0; i < work.readers; ++i) {
+    auto reader = Sequence::Start(*this, work.context, 1);
+    if (!reader.ok()) return reader.status();
+    if (absl::Status ended = (*reader)->AwaitEnd(); !ended.ok()) return ended;
+  }
+  Run run;
+  run.seconds = absl::ToDoubleSeconds(absl::Now() - begin);
+  absl::Time first = absl::InfinitePast(), last = absl::InfinitePast();
+  for (const auto& decoder : decoders) {
+    if (mixed) engine_->Cancel(decoder->id());
+    const absl::Status ended = decoder->AwaitEnd();
+    if (!ended.ok() && !(mixed && absl::IsCancelled(ended))) return ended;
+    first = std::max(first, decoder->first());
+    last = std::max(last, decoder->last());
+    run.longest_gap = std::max(run.longest_gap, absl::ToDoubleSeconds(decoder->longest_gap()));
+  }
+  if (work.readers == 0) run.seconds = absl::ToDoubleSeconds(last - first);
+  engine_->WaitIdle(absl::Seconds(5));
+  return run;
 }
 
-absl::StatusOr<Phase> OfflineBench::Measure(std::string name, int sequences, int prompt,
-                                            int output) {
+double Median(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  return values[values.size() / 2];
+}
+
+absl::StatusOr<Phase> OfflineBench::Measure(const Work& work) {
   Phase phase;
-  phase.name = std::move(name);
-  if (auto warm = Once(sequences, prompt, output); !warm.ok()) return warm.status();
+  phase.work = work;
+  if (auto warm = Once(work); !warm.ok()) return warm.status();
   const OpCounts before = ReadProfile(*backend_);
-  std::vector<double> seconds;
+  std::vector<double> seconds, gaps;
   for (int i = 0; i < options_.repeats; ++i) {
-    auto once = Once(sequences, prompt, output);
-    if (!once.ok()) return once.status();
-    seconds.push_back(*once);
+    auto run = Once(work);
+    if (!run.ok()) return run.status();
+    seconds.push_back(run->seconds);
+    gaps.push_back(run->longest_gap);
   }
-  std::sort(seconds.begin(), seconds.end());
-  const double tokens =
-      output == 1 ? double{1} * sequences * prompt : double{1} * sequences * (output - 1);
-  phase.tokens_per_second = tokens / seconds[seconds.size() / 2];
+  const double tokens = work.readers > 0 ? double{1} * work.readers * work.context
+                                         : double{1} * work.decoders * options_.tokens;
+  phase.tokens_per_second = tokens / Median(seconds);
+  phase.longest_gap = Median(gaps);
   phase.ops = ReadProfile(*backend_);
   for (size_t i = 0; i < phase.ops.size(); ++i) {
     phase.ops[i].calls -= before[i].calls;
@@ -164,8 +242,13 @@ absl::StatusOr<Phase> OfflineBench::Measure(std::string name, int sequences, int
   return phase;
 }
 
-void PrintPhase(const Phase& phase, bool ops) {
-  std::cout << absl::StreamFormat("%-28s %10.1f tokens/s\n", phase.name, phase.tokens_per_second);
+void PrintPhase(const Phase& phase, const Roofline& roofline, bool ops) {
+  std::cout << absl::StreamFormat("%-40s %10.1f tokens/s", phase.work.name,
+                                  phase.tokens_per_second);
+  if (phase.work.decoders > 0) {
+    std::cout << absl::StreamFormat("  longest gap %.1f ms", phase.longest_gap * 1e3);
+  }
+  std::cout << "\n";
   if (!ops) return;
   int64_t total = 0;
   for (const OpCount& op : phase.ops) total += op.nanoseconds;
@@ -173,10 +256,13 @@ void PrintPhase(const Phase& phase, bool ops) {
     const OpCount& op = phase.ops[i];
     if (op.calls == 0) continue;
     const double ns = static_cast<double>(std::max<int64_t>(op.nanoseconds, 1));
+    const double gb = static_cast<double>(op.bytes) / ns, gop = static_cast<double>(op.flops) / ns;
     std::cout << absl::StreamFormat(
-        "    %-16s %8d calls %10.1f us each %6.1f%% of time %8.2f GB/s %9.2f GOP/s\n",
+        "    %-16s %8d calls %10.1f us each %5.1f%% of time %8.2f GB/s %4.0f%% %9.2f GOP/s "
+        "%4.0f%%\n",
         OpName(static_cast<OpId>(i)), op.calls, ns / 1e3 / static_cast<double>(op.calls),
-        100 * ns / static_cast<double>(std::max<int64_t>(total, 1)), op.bytes / ns, op.flops / ns);
+        100 * ns / static_cast<double>(std::max<int64_t>(total, 1)), gb,
+        1e11 * gb / roofline.bytes_per_second, gop, 1e11 * gop / roofline.operations_per_second);
   }
 }
 
@@ -190,7 +276,32 @@ ordered_json PhaseJson(const Phase& phase) {
                                          {"bytes", op.bytes},
                                          {"flops", op.flops}};
   }
-  return {{"name", phase.name}, {"tokens_per_second", phase.tokens_per_second}, {"ops", ops}};
+  return {{"name", phase.work.name},
+          {"readers", phase.work.readers},
+          {"decoders", phase.work.decoders},
+          {"context", phase.work.context},
+          {"tokens_per_second", phase.tokens_per_second},
+          {"longest_gap_seconds", phase.longest_gap},
+          {"ops", ops}};
+}
+
+std::vector<Work> WorksOf(const BenchOptions& options) {
+  std::vector<Work> works;
+  for (const int64_t prompt : options.prompts) {
+    works.push_back({absl::StrCat("prefill ", prompt), 1, 0, static_cast<int>(prompt)});
+  }
+  for (const int64_t context : options.contexts) {
+    for (const int64_t batch : options.batches) {
+      works.push_back({absl::StrCat("decode, ", batch, batch == 1 ? " sequence" : " sequences",
+                                    " at ", context),
+                       0, static_cast<int>(batch), static_cast<int>(context)});
+    }
+  }
+  const int64_t prompt = options.prompts.back();
+  const int64_t batch = options.batches.back();
+  works.push_back({absl::StrCat("prefill ", prompt, " beside ", batch, " decoding"), 1,
+                   static_cast<int>(batch), static_cast<int>(prompt)});
+  return works;
 }
 
 int RunOffline(const BenchOptions& options) {
@@ -199,44 +310,46 @@ int RunOffline(const BenchOptions& options) {
     std::cerr << "longspan bench: " << bench.status().message() << "\n";
     return 1;
   }
-  struct Work {
-    std::string name;
-    int sequences, prompt, output;
-  };
-  std::vector<Work> works;
-  for (const int64_t prompt : options.prompts) {
-    if (prompt < 1 || prompt >= (*bench)->max_context()) {
-      std::cerr << "longspan bench: --prompts: " << prompt << " is out of range, the context is "
-                << (*bench)->max_context() << " tokens\n";
+  const std::vector<Work> works = WorksOf(options);
+  for (const Work& work : works) {
+    const int needs = work.context + (work.decoders > 0 ? options.tokens : 0);
+    if (needs >= (*bench)->max_context()) {
+      std::cerr << "longspan bench: '" << work.name << "' needs " << needs + 1
+                << " tokens, the context is " << (*bench)->max_context() << "\n";
       return 2;
     }
-    works.push_back({absl::StrCat("prefill ", prompt), 1, static_cast<int>(prompt), 1});
   }
-  works.push_back({"decode, 1 sequence", 1, 32, options.tokens + 1});
-  works.push_back({absl::StrCat("decode, ", options.batch, " sequences"), options.batch, 32,
-                   options.tokens + 1});
+  const Roofline roofline = (*bench)->MeasureRoofline();
   ordered_json phases = ordered_json::array();
-  if (!options.json) std::cout << (*bench)->Title() << "\n";
+  if (!options.json) {
+    std::cout << (*bench)->Title()
+              << absl::StreamFormat("; it reads %.1f GB/s and does %.0f GOP/s, which is 100%%\n",
+                                    roofline.bytes_per_second / 1e9,
+                                    roofline.operations_per_second / 1e9);
+  }
   for (const Work& work : works) {
-    auto phase = (*bench)->Measure(work.name, work.sequences, work.prompt, work.output);
+    auto phase = (*bench)->Measure(work);
     if (!phase.ok()) {
-      std::cerr << "longspan bench: " << phase.status().message() << "\n";
+      std::cerr << "longspan bench: " << work.name << ": " << phase.status().message() << "\n";
       return 1;
     }
     if (options.json) {
       phases.push_back(PhaseJson(*phase));
     } else {
-      PrintPhase(*phase, options.ops);
+      PrintPhase(*phase, roofline, options.ops);
     }
   }
   if (options.json) {
-    std::cout << ordered_json{{"machine", (*bench)->Title()}, {"phases", phases}}.dump(2) << "\n";
+    const ordered_json result = {{"machine", (*bench)->Title()},
+                                 {"read_bytes_per_second", roofline.bytes_per_second},
+                                 {"operations_per_second", roofline.operations_per_second},
+                                 {"phases", phases}};
+    std::cout << result.dump(2) << "\n";
   }
   return 0;
 }
 
-// --- Against a server
-// ------------------------------------------------------------------------------
+// --- Against a server ---
 
 struct Load {
   absl::Mutex mu;
@@ -356,7 +469,8 @@ int RunBench(int argc, char** argv) {
   flags.Ints("prompts", &options.prompts, "N,N,...", "prompt lengths; --server uses the first");
   flags.Int("tokens", &options.tokens, "tokens to generate for each sequence", 2);
   flags.Int("threads", &options.threads, "0: one per core that the process may run on");
-  flags.Int("batch", &options.batch, "sequences of the batched decode", 1, 64);
+  flags.Ints("contexts", &options.contexts, "N,N,...", "tokens read before decoding");
+  flags.Ints("batches", &options.batches, "N,N,...", "sequences that decode together");
   flags.Int("repeats", &options.repeats, "the median of them is told", 1);
   flags.Int("max-batched-tokens", &options.max_batched_tokens, "tokens of one step", 1);
   flags.Choice("kv-dtype", &options.kv_dtype, {"bf16", "f32"}, "type of cached keys and values");
@@ -371,8 +485,15 @@ int RunBench(int argc, char** argv) {
       "  longspan bench --threads 2\n"
       "  longspan bench --server 127.0.0.1:50051 --prompts 512 --concurrency 16 --requests 200");
   if (auto exit = flags.Parse(argc, argv); exit.has_value()) return *exit;
-  if (options.prompts.empty()) {
-    std::cerr << "longspan bench: --prompts is empty\n";
+  for (const auto& [name, values] : {std::pair{"prompts", &options.prompts},
+                                     {"contexts", &options.contexts},
+                                     {"batches", &options.batches}}) {
+    constexpr int64_t kMost = 1 << 24;
+    const bool valid =
+        !values->empty() &&
+        std::all_of(values->begin(), values->end(), [](int64_t v) { return v >= 1 && v <= kMost; });
+    if (valid) continue;
+    std::cerr << "longspan bench: --" << name << " must be numbers from 1 to " << kMost << "\n";
     return 2;
   }
   return options.server.empty() ? RunOffline(options) : RunAgainstServer(options);

@@ -10,6 +10,7 @@
 #include "kernels/backend.h"
 #include "kernels/cpu/context.h"
 #include "kernels/cpu/ops_cpu.h"
+#include "kernels/cpu/roofline.h"
 
 namespace longspan {
 namespace {
@@ -53,6 +54,13 @@ class CpuBackend : public Backend {
   void CopyOut(void* to, const void* from, size_t bytes) override { CopyWithin(to, from, bytes); }
   void CopyWithin(void* to, const void* from, size_t bytes) override {
     if (bytes > 0) std::memmove(to, from, bytes);
+  }
+
+  Roofline MeasureRoofline() override {
+    const int threads = context_->team.threads();
+    return {MeasuredReadBandwidth(threads),
+            std::max(MeasuredDotRate(threads, context_->simd, DotKind::kInt8),
+                     MeasuredDotRate(threads, context_->simd, DotKind::kFloat))};
   }
 
  private:

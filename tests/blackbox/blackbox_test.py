@@ -1,6 +1,7 @@
 """What a stranger's gRPC client sees of a longspan process: the default model, the wire, exit codes."""
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -299,6 +300,26 @@ class Ending(unittest.TestCase):
                                 capture_output=True, text=True, timeout=30)
         self.assertNotEqual(second.returncode, 0)
         self.assertIn(server.grpc, second.stderr)
+
+
+class Bench(unittest.TestCase):
+    def test_bench_counts_every_ops_time_bytes_and_operations(self):
+        run = subprocess.run([os.environ["LONGSPAN"], "bench", "--json", "--repeats", "1", "--tokens", "4",
+                              "--prompts", "64", "--batches", "1,2"], capture_output=True, text=True, timeout=120)
+        self.assertEqual(run.returncode, 0, run.stderr)
+        result = json.loads(run.stdout)
+        self.assertGreater(result["read_bytes_per_second"], 1e8)
+        self.assertGreater(result["operations_per_second"], 1e8)
+        self.assertEqual([phase["name"] for phase in result["phases"]],
+                         ["prefill 64", "decode, 1 sequence at 32", "decode, 2 sequences at 32",
+                          "prefill 64 beside 2 decoding"])
+        for phase in result["phases"]:
+            self.assertGreater(phase["tokens_per_second"], 0)
+            for op in ("MatMul", "Attention", "RmsNorm"):
+                self.assertTrue(all(value > 0 for value in phase["ops"][op].values()), (phase["name"], op))
+        # One product of 64 rows with every weight of the ten layers; the vocabulary only for the last row.
+        layers = 10 * (384 * (6 + 2 + 2) * 64 + 6 * 64 * 384 + 3 * 384 * 960)
+        self.assertEqual(result["phases"][0]["ops"]["MatMul"]["flops"], 2 * (64 * layers + 384 * 8192))
 
 
 if __name__ == "__main__":
