@@ -35,6 +35,17 @@ struct BenchOptions {
 
 struct OpCount {
   int64_t calls = 0, nanoseconds = 0, bytes = 0, flops = 0;
+
+  OpCount& operator+=(const OpCount& o) {
+    calls += o.calls;
+    nanoseconds += o.nanoseconds;
+    bytes += o.bytes;
+    flops += o.flops;
+    return *this;
+  }
+  OpCount operator-(const OpCount& o) const {
+    return {calls - o.calls, nanoseconds - o.nanoseconds, bytes - o.bytes, flops - o.flops};
+  }
 };
 using OpCounts = std::vector<OpCount>;
 
@@ -78,7 +89,9 @@ class OfflineBench {
   explicit OfflineBench(const BenchOptions& options) : options_(options) {}
   class Sequence;
   struct Run {
+    int64_t tokens = 0;
     double seconds = 0, longest_gap = 0;
+    OpCounts ops;
   };
   absl::StatusOr<Run> Once(const Work& work);
 
@@ -138,20 +151,31 @@ class OfflineBench::Sequence {
     return sequence;
   }
 
-  void AwaitFirstToken() {
+  // Waits for `tokens` more tokens than it has made since StartCounting(), or for its end.
+  void AwaitTokens(int tokens) {
     absl::MutexLock lock(&mu_);
-    mu_.Await(absl::Condition(this, &Sequence::Begun));
+    awaited_ = tokens;
+    mu_.Await(absl::Condition(this, &Sequence::HasTokens));
   }
   absl::Status AwaitEnd() {
     absl::MutexLock lock(&mu_);
     mu_.Await(absl::Condition(this, &Sequence::Ended));
     return *status_;
   }
+  void StartCounting() {
+    absl::MutexLock lock(&mu_);
+    tokens_ = 0;
+    longest_gap_ = absl::ZeroDuration();
+  }
   const std::string& id() const { return id_; }
-  // Call these after AwaitEnd().
-  absl::Time first() const { return first_; }
-  absl::Time last() const { return last_; }
-  absl::Duration longest_gap() const { return longest_gap_; }
+  int tokens() const {
+    absl::MutexLock lock(&mu_);
+    return tokens_;
+  }
+  absl::Duration longest_gap() const {
+    absl::MutexLock lock(&mu_);
+    return longest_gap_;
+  }
 
  private:
   void On(Event event) {
@@ -160,53 +184,55 @@ class OfflineBench::Sequence {
     if (event.kind == Event::Kind::kFinished) {
       status_ = std::move(event.status);
     } else if (event.kind == Event::Kind::kDelta && !event.tokens.empty()) {
-      if (first_ == absl::InfiniteFuture()) {
-        first_ = now;
-      } else {
-        longest_gap_ = std::max(longest_gap_, now - last_);
-      }
+      if (tokens_ > 0) longest_gap_ = std::max(longest_gap_, now - last_);
       last_ = now;
+      ++tokens_;
     }
   }
-  bool Begun() const { return first_ != absl::InfiniteFuture() || Ended(); }
+  bool HasTokens() const { return tokens_ >= awaited_ || Ended(); }
   bool Ended() const { return status_.has_value(); }
 
   std::string id_;
-  absl::Mutex mu_;
+  mutable absl::Mutex mu_;
   std::optional<absl::Status> status_;
-  absl::Time first_ = absl::InfiniteFuture(), last_;
+  absl::Time last_;
   absl::Duration longest_gap_;
+  int tokens_ = 0, awaited_ = 0;
 };
 
 absl::StatusOr<OfflineBench::Run> OfflineBench::Once(const Work& work) {
-  const bool mixed = work.readers > 0 && work.decoders > 0;
-  // Beside readers the decoders go on until they are told to stop.
-  const int output = mixed ? max_context() - work.context : options_.tokens + 1;
+  // Decoders go on until they are told to stop, so that all decode all the while.
   std::vector<std::unique_ptr<Sequence>> decoders;
   for (int i = 0; i < work.decoders; ++i) {
-    auto started = Sequence::Start(*this, work.context, output);
+    auto started = Sequence::Start(*this, work.context, max_context() - work.context);
     if (!started.ok()) return started.status();
     decoders.push_back(*std::move(started));
   }
-  for (const auto& decoder : decoders) decoder->AwaitFirstToken();
+  for (const auto& decoder : decoders) decoder->AwaitTokens(1);
+  for (const auto& decoder : decoders) decoder->StartCounting();
+  Run run;
+  run.ops = ReadProfile(*backend_);
   const absl::Time begin = absl::Now();
   for (int i = 0; i < work.readers; ++i) {
     auto reader = Sequence::Start(*this, work.context, 1);
     if (!reader.ok()) return reader.status();
     if (absl::Status ended = (*reader)->AwaitEnd(); !ended.ok()) return ended;
+    run.tokens += work.context;
   }
-  Run run;
+  if (work.readers == 0) {
+    for (const auto& decoder : decoders) decoder->AwaitTokens(options_.tokens);
+    for (const auto& decoder : decoders) run.tokens += decoder->tokens();
+  }
   run.seconds = absl::ToDoubleSeconds(absl::Now() - begin);
-  absl::Time first = absl::InfinitePast(), last = absl::InfinitePast();
+  const OpCounts after = ReadProfile(*backend_);
+  for (int i = 0; i < kOpCount; ++i) run.ops[i] = after[i] - run.ops[i];
   for (const auto& decoder : decoders) {
-    if (mixed) engine_->Cancel(decoder->id());
-    const absl::Status ended = decoder->AwaitEnd();
-    if (!ended.ok() && !(mixed && absl::IsCancelled(ended))) return ended;
-    first = std::max(first, decoder->first());
-    last = std::max(last, decoder->last());
     run.longest_gap = std::max(run.longest_gap, absl::ToDoubleSeconds(decoder->longest_gap()));
+    engine_->Cancel(decoder->id());
+    if (absl::Status ended = decoder->AwaitEnd(); !absl::IsCancelled(ended)) {
+      return absl::InternalError(absl::StrCat("a decoder ended early: ", ended.ToString()));
+    }
   }
-  if (work.readers == 0) run.seconds = absl::ToDoubleSeconds(last - first);
   engine_->WaitIdle(absl::Seconds(5));
   return run;
 }
@@ -220,25 +246,17 @@ absl::StatusOr<Phase> OfflineBench::Measure(const Work& work) {
   Phase phase;
   phase.work = work;
   if (auto warm = Once(work); !warm.ok()) return warm.status();
-  const OpCounts before = ReadProfile(*backend_);
-  std::vector<double> seconds, gaps;
+  std::vector<double> rates, gaps;
+  phase.ops.resize(kOpCount);
   for (int i = 0; i < options_.repeats; ++i) {
     auto run = Once(work);
     if (!run.ok()) return run.status();
-    seconds.push_back(run->seconds);
+    rates.push_back(static_cast<double>(run->tokens) / run->seconds);
     gaps.push_back(run->longest_gap);
+    for (int op = 0; op < kOpCount; ++op) phase.ops[op] += run->ops[op];
   }
-  const double tokens = work.readers > 0 ? double{1} * work.readers * work.context
-                                         : double{1} * work.decoders * options_.tokens;
-  phase.tokens_per_second = tokens / Median(seconds);
+  phase.tokens_per_second = Median(rates);
   phase.longest_gap = Median(gaps);
-  phase.ops = ReadProfile(*backend_);
-  for (size_t i = 0; i < phase.ops.size(); ++i) {
-    phase.ops[i].calls -= before[i].calls;
-    phase.ops[i].nanoseconds -= before[i].nanoseconds;
-    phase.ops[i].bytes -= before[i].bytes;
-    phase.ops[i].flops -= before[i].flops;
-  }
   return phase;
 }
 

@@ -69,7 +69,7 @@ class Job {
         tile_(tile),
         heads_(static_cast<int>(args.query.shape[1])),
         dim_(static_cast<int>(args.query.shape[2])),
-        padded_((dim_ + 7) / 8 * 8),
+        padded_((dim_ + tile.lanes - 1) / tile.lanes * tile.lanes),
         group_(heads_ / args.cache.kv_heads) {
     CHECK_EQ(heads_ % a_.cache.kv_heads, 0);
     CHECK_LE(group_, kTileQueries);
@@ -390,7 +390,15 @@ void Attention(BackendContext& context, const AttentionArgs& args) {
 }
 
 const AttentionTile& AttentionTileFor(Simd simd) {
-  return simd == Simd::kPortable ? kAttentionTilePortable : kAttentionTileAvx2;
+  switch (simd) {
+    case Simd::kPortable:
+      break;
+    case Simd::kAvx2:
+      return kAttentionTileAvx2;
+    case Simd::kAvx512:
+      return kAttentionTileAvx512;
+  }
+  return kAttentionTilePortable;
 }
 
 }  // namespace longspan::cpu

@@ -1,6 +1,6 @@
 #pragma once
 // The inner loops of CPU attention, one table per instruction set. A tile is up to kTileQueries
-// queries against one block of kBlockKeys keys; all rows are padded to a multiple of eight floats.
+// queries against one block of kBlockKeys keys; all rows are zero-padded to a multiple of `lanes`.
 #include <cstddef>
 #include <cstdint>
 
@@ -13,12 +13,13 @@ inline constexpr int kBlockKeys = 64;    // keys of a block, aligned to absolute
 inline constexpr int kTileQueries = 64;  // (token, head) pairs of a tile: amortises loading a block
 
 struct AttentionTile {
+  int lanes;  // 8 or 16
   // Rows of `dim` elements (F32 or BF16), `stride` bytes apart, as F32, each zero-padded to
   // `padded`.
   void (*load)(DType dtype, const std::byte* from, int64_t stride, int rows, int dim, int padded,
                float* to);
-  // scores[q][k] = queries[q] · keys[k] for all 64 keys. Each sum is taken over eight lanes, then
-  // ((0+1)+(2+3))+((4+5)+(6+7)), whatever the tile.
+  // scores[q][k] = queries[q] · keys[k] for all 64 keys. Each sum is taken over `lanes` lanes, then
+  // over them in a fixed tree, whatever the tile.
   void (*scores)(const float* queries, int count, const float* keys, int padded, float* scores);
   // One row of scores (-inf where masked, at least one finite): p = e^(s - max), returns
   // max(previous max, scores) and the sum of p.
@@ -31,5 +32,6 @@ struct AttentionTile {
 const AttentionTile& AttentionTileFor(Simd simd);
 extern const AttentionTile kAttentionTilePortable;
 extern const AttentionTile kAttentionTileAvx2;
+extern const AttentionTile kAttentionTileAvx512;
 
 }  // namespace longspan::cpu

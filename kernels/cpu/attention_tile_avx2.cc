@@ -5,6 +5,6 @@
 
 namespace longspan::cpu {
 
-const AttentionTile kAttentionTileAvx2 = {Load, Scores, Softmax, Accumulate};
+const AttentionTile kAttentionTileAvx2 = {kLanes, Load, Scores, Softmax, Accumulate};
 
 }  // namespace longspan::cpu

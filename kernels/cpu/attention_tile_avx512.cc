@@ -1,0 +1,203 @@
+// The tile functions on 16 lanes. A sum over a row is taken over 16 lanes, the upper half added to
+// the lower, then as the other tables do.
+#if !defined(__clang__)
+// GCC bug 105593: gcc 12 takes the "undefined" operands inside its own AVX-512 headers for
+// mistakes.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "kernels/cpu/attention_tile.h"
+#include "kernels/cpu/target.h"
+
+namespace longspan::cpu {
+namespace {
+
+constexpr int kWide = 16;
+
+LONGSPAN_AVX512 void Load(DType dtype, const std::byte* from, int64_t stride, int rows, int dim,
+                          int padded, float* to) {
+  for (int row = 0; row < rows; ++row, from += stride, to += padded) {
+    for (int d = 0; d < padded; d += kWide) {
+      const int count = dim - d < kWide ? (dim > d ? dim - d : 0) : kWide;
+      const __mmask16 valid = static_cast<__mmask16>((1u << count) - 1);
+      const __m512 value =
+          dtype == DType::kF32
+              ? _mm512_maskz_loadu_ps(valid, from + d * sizeof(float))
+              : _mm512_castsi512_ps(_mm512_slli_epi32(
+                    _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(valid, from + d * 2)), 16));
+      _mm512_storeu_ps(to + d, value);
+    }
+  }
+}
+
+LONGSPAN_AVX512 inline __m512 Pairs(__m512 a, __m512 b) {
+  return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
+}
+
+// Lane i: the sum of v[i]'s lanes.
+LONGSPAN_AVX512 inline __m512 SumSixteen(const __m512 (&v)[16]) {
+  // Halves: of two vectors the lower and upper halves added, side by side.
+  __m512 half[8];
+  LONGSPAN_UNROLL
+  for (int i = 0; i < 8; ++i) {
+    half[i] = _mm512_add_ps(_mm512_shuffle_f32x4(v[i], v[i + 8], 0x44),
+                            _mm512_shuffle_f32x4(v[i], v[i + 8], 0xee));
+  }
+  __m512 two[4], one[2];
+  LONGSPAN_UNROLL
+  for (int i = 0; i < 4; ++i) two[i] = Pairs(half[2 * i], half[2 * i + 1]);
+  LONGSPAN_UNROLL
+  for (int i = 0; i < 2; ++i) one[i] = Pairs(two[2 * i], two[2 * i + 1]);
+  // Quarters of one[0]: v0..3 low, v0..3 high, v8..11 low, v8..11 high; of one[1] the rest.
+  const __m512 low = _mm512_shuffle_f32x4(one[0], one[1], 0x88);  // v0..3 v8..11 v4..7 v12..15
+  const __m512 high = _mm512_shuffle_f32x4(one[0], one[1], 0xdd);
+  const __m512 sum = _mm512_add_ps(low, high);
+  return _mm512_shuffle_f32x4(sum, sum, 0xd8);
+}
+
+// kQ queries against 16 / kQ keys.
+template <int kQ>
+LONGSPAN_AVX512 inline void ScoreTile(const float* queries, const float* keys, int padded,
+                                      float* scores) {
+  constexpr int kK = 16 / kQ;
+  __m512 sums[16];
+  LONGSPAN_UNROLL
+  for (int i = 0; i < 16; ++i) sums[i] = _mm512_setzero_ps();
+  for (int d = 0; d < padded; d += kWide) {
+    __m512 query[kQ];
+    LONGSPAN_UNROLL
+    for (int q = 0; q < kQ; ++q) query[q] = _mm512_loadu_ps(queries + q * padded + d);
+    LONGSPAN_UNROLL
+    for (int k = 0; k < kK; ++k) {
+      const __m512 key = _mm512_loadu_ps(keys + k * padded + d);
+      LONGSPAN_UNROLL
+      for (int q = 0; q < kQ; ++q)
+        sums[q * kK + k] = _mm512_fmadd_ps(query[q], key, sums[q * kK + k]);
+    }
+  }
+  float out[16];
+  _mm512_storeu_ps(out, SumSixteen(sums));
+  LONGSPAN_UNROLL
+  for (int q = 0; q < kQ; ++q) {
+    std::memcpy(scores + q * kBlockKeys, out + q * kK, sizeof(float) * kK);
+  }
+}
+
+template <int kQ>
+LONGSPAN_AVX512 inline void ScoreRows(const float* queries, const float* keys, int padded,
+                                      float* scores) {
+  for (int k = 0; k < kBlockKeys; k += 16 / kQ) {
+    ScoreTile<kQ>(queries, keys + k * padded, padded, scores + k);
+  }
+}
+
+LONGSPAN_AVX512 void Scores(const float* queries, int count, const float* keys, int padded,
+                            float* scores) {
+  int q = 0;
+  for (; q + 4 <= count; q += 4) {
+    ScoreRows<4>(queries + q * padded, keys, padded, scores + q * kBlockKeys);
+  }
+  for (; q + 2 <= count; q += 2) {
+    ScoreRows<2>(queries + q * padded, keys, padded, scores + q * kBlockKeys);
+  }
+  for (; q < count; ++q) ScoreRows<1>(queries + q * padded, keys, padded, scores + q * kBlockKeys);
+}
+
+// e^x for x <= 0 with a relative error below 2e-7, as Exp() in lanes.h; 0 below -87.
+LONGSPAN_AVX512 inline __m512 ExpOf(__m512 x) {
+  const __mmask16 in_range = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87), _CMP_GE_OQ);
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)),
+                                        _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f),
+                                    _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x));
+  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+  for (float c :
+       {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) {
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
+  }
+  const __m512 e = _mm512_add_ps(_mm512_fmadd_ps(p, _mm512_mul_ps(r, r), r), _mm512_set1_ps(1));
+  return _mm512_maskz_scalef_ps(in_range, e, n);
+}
+
+LONGSPAN_AVX512 void Softmax(float* scores, float previous_max, float* max, float* sum) {
+  __m512 tops = _mm512_set1_ps(previous_max);
+  for (int k = 0; k < kBlockKeys; k += kWide) {
+    tops = _mm512_max_ps(tops, _mm512_loadu_ps(scores + k));
+  }
+  *max = _mm512_reduce_max_ps(tops);
+  const __m512 highest = _mm512_set1_ps(*max);
+  __m512 total = _mm512_setzero_ps();
+  for (int k = 0; k < kBlockKeys; k += kWide) {
+    const __m512 p = ExpOf(_mm512_sub_ps(_mm512_loadu_ps(scores + k), highest));
+    _mm512_storeu_ps(scores + k, p);
+    total = _mm512_add_ps(total, p);
+  }
+  *sum = _mm512_reduce_add_ps(total);
+}
+
+// kQ queries, kC * 16 channels.
+template <int kQ, int kC>
+LONGSPAN_AVX512 inline void AccumulateTile(const float* p, const float* values, int begin, int end,
+                                           int padded, const float* rescale, float* out) {
+  __m512 sums[kQ][kC];
+  LONGSPAN_UNROLL
+  for (int q = 0; q < kQ; ++q) {
+    LONGSPAN_UNROLL
+    for (int c = 0; c < kC; ++c) {
+      sums[q][c] =
+          _mm512_mul_ps(_mm512_loadu_ps(out + q * padded + c * kWide), _mm512_set1_ps(rescale[q]));
+    }
+  }
+  for (int k = begin; k < end; ++k) {
+    __m512 value[kC];
+    LONGSPAN_UNROLL
+    for (int c = 0; c < kC; ++c) value[c] = _mm512_loadu_ps(values + k * padded + c * kWide);
+    LONGSPAN_UNROLL
+    for (int q = 0; q < kQ; ++q) {
+      const __m512 weight = _mm512_set1_ps(p[q * kBlockKeys + k]);
+      LONGSPAN_UNROLL
+      for (int c = 0; c < kC; ++c) sums[q][c] = _mm512_fmadd_ps(value[c], weight, sums[q][c]);
+    }
+  }
+  LONGSPAN_UNROLL
+  for (int q = 0; q < kQ; ++q) {
+    LONGSPAN_UNROLL
+    for (int c = 0; c < kC; ++c) _mm512_storeu_ps(out + q * padded + c * kWide, sums[q][c]);
+  }
+}
+
+template <int kQ>
+LONGSPAN_AVX512 inline void AccumulateRows(const float* p, const float* values, int begin, int end,
+                                           int padded, const float* rescale, float* out) {
+  int d = 0;
+  for (; d + 4 * kWide <= padded; d += 4 * kWide) {
+    AccumulateTile<kQ, 4>(p, values + d, begin, end, padded, rescale, out + d);
+  }
+  for (; d < padded; d += kWide) {
+    AccumulateTile<kQ, 1>(p, values + d, begin, end, padded, rescale, out + d);
+  }
+}
+
+LONGSPAN_AVX512 void Accumulate(const float* p, int count, const float* values, int begin, int end,
+                                int padded, const float* rescale, float* out) {
+  int q = 0;
+  for (; q + 4 <= count; q += 4) {
+    AccumulateRows<4>(p + q * kBlockKeys, values, begin, end, padded, rescale + q,
+                      out + q * padded);
+  }
+  for (; q < count; ++q) {
+    AccumulateRows<1>(p + q * kBlockKeys, values, begin, end, padded, rescale + q,
+                      out + q * padded);
+  }
+}
+
+}  // namespace
+
+const AttentionTile kAttentionTileAvx512 = {kWide, Load, Scores, Softmax, Accumulate};
+
+}  // namespace longspan::cpu
