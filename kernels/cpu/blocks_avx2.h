@@ -92,11 +92,10 @@ LONGSPAN_AVX2 inline void Transpose8(__m256i v[8]) {
 // Asks for kBytes of memory at p and after; p may lie beyond what is mapped. Rows of a matrix are
 // read several at a time, each too short for the processor to see a stream: the kernels ask for the
 // next rows while they work on these.
-template <int kBytes>
+template <int kBytes, bool kIntoL2 = false>
 LONGSPAN_AVX2 inline void Prefetch(const std::byte* p) {
   LONGSPAN_UNROLL
-  for (int i = 0; i < kBytes; i += 64)
-    _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T0);
+  for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(p + i, 0, kIntoL2 ? 2 : 3);
 }
 
 template <class Block>

@@ -70,7 +70,8 @@ LONGSPAN_AVX2 void Unpack(const std::byte* const outputs[kPanel], int64_t in, co
   const std::byte* next = outputs[kPanel - 1] + BytesOf(Format::kType, in);
   for (int64_t b = 0; b < in / kElements; ++b) {
     for (int half = 0; half < kPanel; half += 8, next += 8 * sizeof(Block)) {
-      Prefetch<8 * sizeof(Block)>(next);
+      // Into L2: L1 holds the panel that is being made, and its blocks.
+      Prefetch<8 * sizeof(Block), /*kIntoL2=*/true>(next);
       const int64_t scale_offset = b * kGroups * kPanel + half;
       LoadScales<Format>(outputs + half, b, panel.scales + scale_offset, panel.mins + scale_offset,
                          kPanel);
