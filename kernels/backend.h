@@ -14,7 +14,8 @@
 
 namespace longspan {
 
-// Owned memory of a backend, aligned to 4 KiB, zeroed. Move-only.
+// Owned memory of a backend, aligned to at least 256 bytes, zeroed. Move-only; data() is nullptr
+// when there was no memory.
 class Buffer {
  public:
   using Free = void (*)(void* data, size_t bytes);
@@ -63,6 +64,8 @@ class Backend {
   // The threads that CpuOptions::threads = 0 stands for.
   static int CpuThreads();
   // nullptr with *why set when there is no usable GPU or the build has no CUDA (cuda_absent.cc).
+  // Its ops return before the device has done them, so that its profile's times are those of
+  // issuing.
   static std::unique_ptr<Backend> Cuda(int device, std::string* why);
 
   virtual ~Backend() = default;
@@ -83,7 +86,15 @@ class Backend {
   }
 
   virtual Buffer Allocate(size_t bytes) = 0;
-  virtual void CopyIn(void* to, const void* from, size_t bytes) = 0;  // host to device
+  // Memory that Allocate() can still give; -1: as much as the machine has.
+  virtual int64_t FreeBytes() const { return -1; }
+  // The first error that the device reported, "" if none. After one, no op or copy does anything,
+  // and what was read back since the last look is not to be trusted.
+  virtual std::string Fault() const { return ""; }
+
+  // Copies take effect in the order of calls, ops among them. Host to device; `from` may change
+  // when the call returns.
+  virtual void CopyIn(void* to, const void* from, size_t bytes) = 0;
   virtual void CopyOut(void* to, const void* from,
                        size_t bytes) = 0;  // device to host, complete on return
   virtual void CopyWithin(void* to, const void* from, size_t bytes) = 0;

@@ -46,12 +46,14 @@ Work Cost(const RopeArgs& a) {
 
 Work Cost(const AttentionArgs& a) {
   const int64_t kv_row = BytesOf(a.cache.dtype, int64_t{2} * a.cache.kv_heads * a.cache.head_dim);
+  const int32_t* row_begin = a.batch.HostRowBegin();
+  const int32_t* start = a.batch.HostStart();
   int64_t pairs = 0;
   int64_t kv_rows = 0;
   for (int s = 0; s < a.batch.sequences; ++s) {
-    const int64_t rows = a.batch.row_begin[s + 1] - a.batch.row_begin[s];
+    const int64_t rows = row_begin[s + 1] - row_begin[s];
     if (rows == 0) continue;
-    const int64_t begin = a.batch.start[s];
+    const int64_t begin = start[s];
     const int64_t first = a.window > 0 ? std::max<int64_t>(0, begin - a.window + 1) : 0;
     pairs += VisiblePairs(begin, begin + rows, a.window);
     kv_rows += begin + rows - first;
@@ -63,9 +65,10 @@ Work Cost(const AttentionArgs& a) {
 }
 
 Work Cost(const StoreKvArgs& a) {
+  const int32_t* row_begin = a.batch.HostRowBegin();
   int64_t rows = 0;
   for (int s = 0; s < a.batch.sequences; ++s) {
-    const int64_t own = a.batch.row_begin[s + 1] - a.batch.row_begin[s];
+    const int64_t own = row_begin[s + 1] - row_begin[s];
     rows += a.window > 0 ? std::min<int64_t>(own, a.window) : own;
   }
   const int64_t kv_row = BytesOf(a.cache.dtype, int64_t{2} * a.cache.kv_heads * a.cache.head_dim);

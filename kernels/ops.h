@@ -63,8 +63,14 @@ struct RopeArgs {
 struct RaggedBatch {
   int sequences = 0;
   int rows = 0;
-  const int32_t* row_begin = nullptr;  // [sequences + 1]
-  const int32_t* start = nullptr;      // [sequences]
+  const int32_t* row_begin = nullptr;  // [sequences + 1], in the backend's memory
+  const int32_t* start = nullptr;      // [sequences], in the backend's memory
+  // The same numbers in host memory, for whoever sizes a launch; nullptr: row_begin and start are.
+  const int32_t* host_row_begin = nullptr;
+  const int32_t* host_start = nullptr;
+
+  const int32_t* HostRowBegin() const { return host_row_begin ? host_row_begin : row_begin; }
+  const int32_t* HostStart() const { return host_start ? host_start : start; }
 };
 
 // Softmax attention of each row over its sequence's cached positions (from `cache`, positions <
@@ -152,8 +158,13 @@ enum class OpId : uint8_t {
 inline constexpr int kOpCount = static_cast<int>(OpId::kCount);
 const char* OpName(OpId op);
 
-// A backend's state that ops need (thread team, stream, workspace); opaque to callers.
-struct BackendContext;
+// A backend's state that ops need (thread team, stream, workspace); opaque to callers. Each backend
+// derives its own, of the same name, in its namespace.
+struct BackendContext {
+ protected:
+  BackendContext() = default;
+  ~BackendContext() = default;
+};
 
 template <class Args>
 struct Op {

@@ -17,7 +17,10 @@ namespace {
 
 OpTable CpuOps() {
   OpTable table;
-#define LONGSPAN_CPU_OP(name) table.name.function = cpu::name;
+#define LONGSPAN_CPU_OP(name)                                                 \
+  table.name.function = [](BackendContext& context, const name##Args& args) { \
+    cpu::name(static_cast<cpu::BackendContext&>(context), args);              \
+  };
   LONGSPAN_OPS(LONGSPAN_CPU_OP)
 #undef LONGSPAN_CPU_OP
   return table;
@@ -39,7 +42,7 @@ std::string Describe(Simd simd, int threads) {
 
 class CpuBackend : public Backend {
  public:
-  CpuBackend(std::unique_ptr<BackendContext> context, std::string name)
+  CpuBackend(std::unique_ptr<cpu::BackendContext> context, std::string name)
       : Backend(std::move(name), context.get(), CpuOps(), /*host_memory=*/true),
         context_(std::move(context)) {}
 
@@ -64,7 +67,7 @@ class CpuBackend : public Backend {
   }
 
  private:
-  std::unique_ptr<BackendContext> context_;
+  std::unique_ptr<cpu::BackendContext> context_;
 };
 
 }  // namespace
@@ -79,7 +82,7 @@ std::unique_ptr<Backend> Backend::Cpu(const CpuOptions& options) {
   CHECK_GE(options.threads, 0);
   const int threads = options.threads > 0 ? options.threads : CpuThreads();
   const Simd simd = ChooseSimd(options.simd);
-  return std::make_unique<CpuBackend>(std::make_unique<BackendContext>(threads, simd),
+  return std::make_unique<CpuBackend>(std::make_unique<cpu::BackendContext>(threads, simd),
                                       Describe(simd, threads));
 }
 

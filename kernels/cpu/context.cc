@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 
-namespace longspan {
+namespace longspan::cpu {
 namespace {
 
 constexpr size_t kAlignment = 64;
@@ -28,4 +28,4 @@ std::byte* BackendContext::Grow(Area& area, size_t bytes) {
   return area.aligned;
 }
 
-}  // namespace longspan
+}  // namespace longspan::cpu

@@ -7,10 +7,11 @@
 
 #include "kernels/cpu/parallel.h"
 #include "kernels/cpu/simd.h"
+#include "kernels/ops.h"
 
-namespace longspan {
+namespace longspan::cpu {
 
-struct BackendContext {
+struct BackendContext : longspan::BackendContext {
   BackendContext(int threads, Simd simd) : team(threads), simd(simd), scratch_(threads) {}
 
   // At least `bytes` of 64-byte-aligned memory for thread `thread`; contents are undefined and the
@@ -35,4 +36,4 @@ struct BackendContext {
   Area shared_;
 };
 
-}  // namespace longspan
+}  // namespace longspan::cpu

@@ -4,6 +4,8 @@
 
 namespace longspan::cpu {
 
+struct BackendContext;  // kernels/cpu/context.h
+
 void Embed(BackendContext& context, const EmbedArgs& args);
 void RmsNorm(BackendContext& context, const RmsNormArgs& args);
 void MatMul(BackendContext& context, const MatMulArgs& args);

@@ -82,7 +82,7 @@ TEST(ThreadTeam, ComesAndGoesWithoutALoop) {
 }
 
 TEST(BackendContext, GrowsScratchAndKeepsItAligned) {
-  BackendContext context(2, Simd::kPortable);
+  cpu::BackendContext context(2, Simd::kPortable);
   std::byte* last = nullptr;
   for (size_t bytes : {1, 64, 5000, 5001, 1 << 20}) {
     for (int thread = 0; thread < 2; ++thread) {

@@ -1,0 +1,201 @@
+// The CUDA backend: one device, one stream, the op table.
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <sstream>
+#include <string>
+#include <utility>
+
+#include "kernels/backend.h"
+#include "kernels/cuda/check_cuda.h"
+#include "kernels/cuda/context.h"
+#include "kernels/cuda/ops_cuda.h"
+
+namespace longspan {
+namespace {
+
+constexpr int kOldestCapability = 80;            // the first with bf16 tensor cores
+constexpr size_t kStageBytes = size_t{8} << 20;  // pinned, each way of each half
+
+OpTable CudaOps() {
+  OpTable table;
+#define LONGSPAN_CUDA_OP(name)                                                \
+  table.name.function = [](BackendContext& context, const name##Args& args) { \
+    auto& cuda_context = static_cast<cuda::BackendContext&>(context);         \
+    if (cuda_context.fault.empty()) cuda::name(cuda_context, args);           \
+  };
+  LONGSPAN_OPS(LONGSPAN_CUDA_OP)
+#undef LONGSPAN_CUDA_OP
+  return table;
+}
+
+// Pinned memory that copies pass through, in two halves: one is filled while the other travels.
+struct Stage {
+  std::byte* memory = nullptr;
+  cudaEvent_t sent[2] = {};  // the half's last copy has left
+  int half = 0;
+  size_t used = 0;  // of this half
+};
+
+class CudaBackend : public Backend {
+ public:
+  CudaBackend(std::unique_ptr<cuda::BackendContext> context, Stage in, std::byte* out,
+              std::string name)
+      : Backend(std::move(name), context.get(), CudaOps(), /*host_memory=*/false),
+        context_(std::move(context)),
+        in_(in),
+        out_(out) {}
+  ~CudaBackend() override {
+    cudaStreamSynchronize(context_->stream);
+    cublasLtDestroy(context_->cublas);
+    cudaFree(context_->workspace);
+    cudaFreeHost(in_.memory);
+    cudaFreeHost(out_);
+    for (cudaEvent_t event : in_.sent) cudaEventDestroy(event);
+    cudaStreamDestroy(context_->stream);
+  }
+
+  Buffer Allocate(size_t bytes) override {
+    if (bytes == 0) return Buffer();
+    void* data = nullptr;
+    if (cudaMalloc(&data, bytes) != cudaSuccess) {
+      cudaGetLastError();  // out of memory is an answer, not a fault
+      return Buffer();
+    }
+    Check(cudaMemsetAsync(data, 0, bytes, context_->stream), "clearing memory");
+    return Buffer(data, bytes, [](void* p, size_t) { cudaFree(p); });
+  }
+
+  int64_t FreeBytes() const override {
+    size_t free = 0, total = 0;
+    return cudaMemGetInfo(&free, &total) == cudaSuccess ? static_cast<int64_t>(free) : 0;
+  }
+
+  std::string Fault() const override { return context_->fault; }
+
+  void CopyIn(void* to, const void* from, size_t bytes) override {
+    auto* target = static_cast<std::byte*>(to);
+    auto* source = static_cast<const std::byte*>(from);
+    while (bytes > 0 && context_->fault.empty()) {
+      if (in_.used == kStageBytes) {
+        Check(cudaEventRecord(in_.sent[in_.half], context_->stream), "copying in");
+        in_.half = 1 - in_.half;
+        in_.used = 0;
+        Check(cudaEventSynchronize(in_.sent[in_.half]), "copying in");
+      }
+      const size_t part = std::min(bytes, kStageBytes - in_.used);
+      std::byte* staged = in_.memory + in_.half * kStageBytes + in_.used;
+      std::memcpy(staged, source, part);
+      Check(cudaMemcpyAsync(target, staged, part, cudaMemcpyHostToDevice, context_->stream),
+            "copying in");
+      in_.used += part;
+      target += part;
+      source += part;
+      bytes -= part;
+    }
+  }
+
+  void CopyOut(void* to, const void* from, size_t bytes) override {
+    for (size_t at = 0; at < bytes && context_->fault.empty(); at += kStageBytes) {
+      const size_t part = std::min(bytes - at, kStageBytes);
+      Check(cudaMemcpyAsync(out_, static_cast<const std::byte*>(from) + at, part,
+                            cudaMemcpyDeviceToHost, context_->stream),
+            "copying out");
+      Check(cudaStreamSynchronize(context_->stream), "a kernel");
+      if (context_->fault.empty()) std::memcpy(static_cast<std::byte*>(to) + at, out_, part);
+    }
+  }
+
+  void CopyWithin(void* to, const void* from, size_t bytes) override {
+    if (bytes == 0 || !context_->fault.empty()) return;
+    Check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, context_->stream),
+          "copying within the device");
+  }
+
+ private:
+  void Check(cudaError_t error, const char* what) { cuda::Ok(*context_, error, what); }
+
+  std::unique_ptr<cuda::BackendContext> context_;
+  Stage in_;
+  std::byte* out_;
+};
+
+}  // namespace
+
+namespace cuda {
+
+bool Ok(BackendContext& context, cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return true;
+  if (context.fault.empty()) {
+    context.fault =
+        std::string(what) + ": " + cudaGetErrorName(error) + ", " + cudaGetErrorString(error);
+  }
+  return false;
+}
+
+bool Ok(BackendContext& context, cublasStatus_t status, const char* what) {
+  if (status == CUBLAS_STATUS_SUCCESS) return true;
+  if (context.fault.empty()) {
+    context.fault = std::string(what) + ": " + cublasLtGetStatusString(status);
+  }
+  return false;
+}
+
+}  // namespace cuda
+
+std::unique_ptr<Backend> Backend::Cuda(int device, std::string* why) {
+  int count = 0;
+  if (const cudaError_t error = cudaGetDeviceCount(&count); error != cudaSuccess || count == 0) {
+    *why = std::string("no usable GPU: ") +
+           (error == cudaSuccess ? "the driver lists none" : cudaGetErrorString(error));
+    return nullptr;
+  }
+  if (device < 0 || device >= count) {
+    *why =
+        "there is no GPU " + std::to_string(device) + ", the machine has " + std::to_string(count);
+    return nullptr;
+  }
+  cudaDeviceProp properties;
+  auto context = std::make_unique<cuda::BackendContext>();
+  cuda::BackendContext& c = *context;
+  cuda::Ok(c, cudaSetDevice(device), "cudaSetDevice");
+  cuda::Ok(c, cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties");
+  if (!c.fault.empty()) {
+    *why = c.fault;
+    return nullptr;
+  }
+  c.device = device;
+  c.compute_capability = 10 * properties.major + properties.minor;
+  if (c.compute_capability < kOldestCapability) {
+    std::ostringstream text;
+    text << properties.name << " has compute capability " << properties.major << "."
+         << properties.minor << ", the least is " << kOldestCapability / 10 << "."
+         << kOldestCapability % 10;
+    *why = text.str();
+    return nullptr;
+  }
+  c.sm_count = properties.multiProcessorCount;
+  c.l2_bytes = properties.l2CacheSize;
+  c.max_shared_bytes = static_cast<int>(properties.sharedMemPerBlockOptin);
+  Stage in;
+  std::byte* out = nullptr;
+  cuda::Ok(c, cudaStreamCreateWithFlags(&c.stream, cudaStreamNonBlocking), "creating a stream");
+  cuda::Ok(c, cudaMallocHost(&in.memory, 2 * kStageBytes), "allocating pinned memory");
+  cuda::Ok(c, cudaMallocHost(&out, kStageBytes), "allocating pinned memory");
+  for (cudaEvent_t& event : in.sent) {
+    cuda::Ok(c, cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "creating an event");
+  }
+  cuda::Ok(c, cudaMalloc(&c.workspace, cuda::BackendContext::kWorkspaceBytes),
+           "allocating the workspace");
+  cuda::Ok(c, cublasLtCreate(&c.cublas), "opening cuBLASLt");
+  if (!c.fault.empty()) {
+    *why = std::string(properties.name) + ": " + c.fault;
+    return nullptr;
+  }
+  std::ostringstream name;
+  name << "cuda:" << device << " (" << properties.name << ", " << (properties.totalGlobalMem >> 20)
+       << " MiB)";
+  return std::make_unique<CudaBackend>(std::move(context), in, out, name.str());
+}
+
+}  // namespace longspan

@@ -1,0 +1,22 @@
+#pragma once
+// The CUDA twins of the CPU's op functions, as backend_cuda.cu puts them into the op table.
+// Contracts: kernels/ops.h. Each one enqueues its kernels on context.stream and returns.
+#include "kernels/ops.h"
+
+namespace longspan::cuda {
+
+struct BackendContext;  // kernels/cuda/context.h
+
+void Embed(BackendContext& context, const EmbedArgs& args);
+void RmsNorm(BackendContext& context, const RmsNormArgs& args);
+void MatMul(BackendContext& context, const MatMulArgs& args);
+void Rope(BackendContext& context, const RopeArgs& args);
+void Attention(BackendContext& context, const AttentionArgs& args);
+void StoreKv(BackendContext& context, const StoreKvArgs& args);
+void Convert(BackendContext& context, const ConvertArgs& args);
+void GatedActivation(BackendContext& context, const GatedActivationArgs& args);
+void Add(BackendContext& context, const AddArgs& args);
+void Gather(BackendContext& context, const GatherArgs& args);
+void Softcap(BackendContext& context, const SoftcapArgs& args);
+
+}  // namespace longspan::cuda
