@@ -9,6 +9,7 @@
 #include "kernels/backend.h"
 #include "kernels/cuda/check_cuda.h"
 #include "kernels/cuda/context.h"
+#include "kernels/cuda/matmul.h"
 #include "kernels/cuda/ops_cuda.h"
 
 namespace longspan {
@@ -47,6 +48,7 @@ class CudaBackend : public Backend {
         out_(out) {}
   ~CudaBackend() override {
     cudaStreamSynchronize(context_->stream);
+    cuda::FreeTilePlans(context_->tile_plans);
     cublasLtDestroy(context_->cublas);
     cudaFree(context_->workspace);
     cudaFreeHost(in_.memory);

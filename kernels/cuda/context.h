@@ -11,6 +11,8 @@
 
 namespace longspan::cuda {
 
+struct TilePlans;
+
 struct BackendContext : longspan::BackendContext {
   cudaStream_t stream = nullptr;  // every op's kernels, in call order
   int device = 0;
@@ -30,6 +32,8 @@ struct BackendContext : longspan::BackendContext {
     return workspace;
   }
   void* workspace = nullptr;
+
+  TilePlans* tile_plans = nullptr;  // owned; kernels/cuda/matmul.h
 
   // The first error that the device or its driver reported, "" before that. Sticky: no op runs
   // after it, and whoever issued ops must look at it before trusting what it reads back.

@@ -1,0 +1,58 @@
+// out = x · weightᵀ: chooses by weight type and number of rows.
+#include "kernels/cuda/check_cuda.h"
+#include "kernels/cuda/matmul.h"
+#include "kernels/cuda/ops_cuda.h"
+
+namespace longspan::cuda {
+namespace {
+
+// Up to here reading the weights is what takes time, beyond it the tensor cores are worth the
+// rounding of x.
+constexpr int64_t kFewFloatRows = 8;
+constexpr int64_t kFewBlockRows = 32;
+
+// cuBLASLt's kernels want rows of 16 bytes on all sides. Blocks and halves are repacked into such.
+bool Aligned(const Product& p) {
+  const auto rows_of_16 = [](const View& v) {
+    return reinterpret_cast<uintptr_t>(v.data) % 16 == 0 && BytesOf(v.dtype, v.stride[0]) % 16 == 0;
+  };
+  return rows_of_16(p.out) && (IsQuantised(p.weight.dtype) || rows_of_16(p.weight)) &&
+         (p.weight.dtype != DType::kF32 || rows_of_16(p.x));
+}
+
+}  // namespace
+
+void MatMul(BackendContext& context, const MatMulArgs& a) {
+  CHECK(a.x.dtype == DType::kF32 && a.out.dtype == DType::kF32);
+  CHECK_EQ(a.x.shape[0], a.out.shape[0]);
+  const int64_t rows = a.x.shape[0], in = a.x.shape[1];
+  if (rows == 0) return;
+  QuantisedRows quantised{};
+  int64_t column = 0;
+  for (int i = 0; i < a.part_count; ++i) {
+    Product p{a.x, a.parts[i], a.out.Columns(column, a.parts[i].shape[0])};
+    CHECK_EQ(p.weight.shape[1], in);
+    column += p.columns();
+    if (IsQuantised(p.weight.dtype)) {
+      if (rows > kFewBlockRows && Aligned(p)) {
+        MultiplyTiles(context, p);
+        quantised = {};  // its memory was used
+        continue;
+      }
+      if (quantised.q == nullptr) {  // once for all parts
+        quantised = QuantisedRows::At(context.Workspace(QuantisedRows::Bytes(rows, in)), rows, in);
+        QuantiseRows(context, a.x, quantised);
+      }
+      MultiplyBlocks(context, p, quantised);
+    } else if (rows <= kFewFloatRows || !Aligned(p)) {
+      MultiplyFloats(context, p);
+    } else {
+      MultiplyTiles(context, p);
+      quantised = {};
+    }
+  }
+  CHECK_EQ(column, a.out.shape[1]);
+  CheckLaunch(context, "MatMul");
+}
+
+}  // namespace longspan::cuda

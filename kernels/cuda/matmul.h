@@ -1,0 +1,44 @@
+#pragma once
+// The parts of MatMul on CUDA. Each multiplies x by one weight into `columns` columns of out.
+#include "kernels/cuda/context.h"
+#include "kernels/ops.h"
+
+namespace longspan::cuda {
+
+// One weight and where its product goes.
+struct Product {
+  View x;       // [rows, in] F32
+  View weight;  // [columns, in]
+  View out;     // [rows, columns] F32
+  int64_t rows() const { return x.shape[0]; }
+  int64_t in() const { return x.shape[1]; }
+  int64_t columns() const { return weight.shape[0]; }
+};
+
+// x as int8 per 32 elements with one F32 scale, the form in which block weights are multiplied by
+// few rows: the products of a group are then exact, as on the CPU.
+struct QuantisedRows {
+  int8_t* q;     // [rows, in]
+  float* scale;  // [rows, in / 32]
+  static size_t Bytes(int64_t rows, int64_t in) { return rows * in + rows * (in / 32) * 4; }
+  static QuantisedRows At(void* memory, int64_t rows, int64_t in) {
+    auto* q = static_cast<int8_t*>(memory);
+    return {q, reinterpret_cast<float*>(q + rows * in)};
+  }
+};
+
+// Few rows: each weight is read once, by vector loads, and multiplied in fp32.
+void MultiplyFloats(BackendContext& context, const Product& product);
+// Few rows of block weights, straight from the blocks.
+void QuantiseRows(BackendContext& context, const View& x, const QuantisedRows& rows);
+void MultiplyBlocks(BackendContext& context, const Product& product, const QuantisedRows& rows);
+// Many rows, on the tensor cores. F16 and BF16 weights: x is rounded to the weight's type; blocks:
+// both sides are rounded to bf16, since activations of some models leave f16's range; F32 weights
+// stay F32. Sums are F32.
+void MultiplyTiles(BackendContext& context, const Product& product);
+
+// What MultiplyTiles found out about shapes; lives as long as the context.
+struct TilePlans;
+void FreeTilePlans(TilePlans* plans);
+
+}  // namespace longspan::cuda
