@@ -3,31 +3,24 @@
 #include <gtest/gtest.h>
 
 #include "kernels/cpu/simd.h"
-#include "tests/support/attention_case.h"
+#include "tests/support/attention_expect.h"
 
 namespace longspan {
 namespace {
 
 using testing::AttentionCase;
-using testing::AttentionShape;
 
 // fp32 sums of up to 1,500 products of unit normals against doubles.
 constexpr double kTolerance = 2e-5;
+// The project's bound is 1e-3; the CPU keeps these sums in doubles.
+constexpr double kSpanTolerance = 1e-5;
 
 void ExpectEqualsEager(const AttentionCase& c, int every = 1) {
-  const AttentionShape& shape = c.shape();
-  for (size_t s = 0; s < c.lengths().size(); ++s) {
-    for (int t = 0; t < c.lengths()[s]; t += every) {
-      for (int h = 0; h < shape.heads; ++h) {
-        const auto answer = c.Eager(static_cast<int>(s), t, h);
-        for (int d = 0; d < shape.dim; ++d) {
-          ASSERT_NEAR(c.out()[s][(static_cast<size_t>(t) * shape.heads + h) * shape.dim + d],
-                      answer.out[d], kTolerance)
-              << "sequence " << s << " position " << t << " head " << h << " channel " << d;
-        }
-      }
-    }
-  }
+  testing::ExpectEqualsEager(c, kTolerance, every);
+}
+void ExpectSpansEqualEager(const AttentionCase& c, const std::vector<ProbeRange>& probes,
+                           int every) {
+  testing::ExpectSpansEqualEager(c, probes, kSpanTolerance, every);
 }
 
 class AttentionOnEachSimd : public ::testing::TestWithParam<const char*> {
@@ -142,56 +135,6 @@ TEST_P(AttentionOnEachSimd, ObservingChangesNoBit) {
 }
 
 // --- Spans ---------------------------------------------------------------------------------------
-
-void ExpectSpansEqualEager(const AttentionCase& c, const std::vector<ProbeRange>& probes,
-                           int every) {
-  const AttentionShape& shape = c.shape();
-  for (size_t s = 0; s < c.lengths().size(); ++s) {
-    for (int t = 0; t < c.lengths()[s]; t += every) {
-      for (int h = 0; h < shape.heads; ++h) {
-        const std::vector<double> p = c.Eager(static_cast<int>(s), t, h).p;
-        double far = 0, sink = 0, distance = 0, entropy = 0, top = -1, probe = 0;
-        double buckets[kDistanceBuckets] = {};
-        int top_key = 0;
-        for (int j = 0; j <= t; ++j) {
-          const int back = t - j;
-          if (j < kSinkTokens) sink += p[j];
-          if (j >= kSinkTokens) distance += p[j] * back;
-          if (j >= kSinkTokens && back >= shape.far_window) far += p[j];
-          if (p[j] > 0) entropy -= p[j] * std::log(p[j]);
-          if (p[j] > top) top = p[j], top_key = j;
-          for (const ProbeRange& r : probes) {
-            if (j >= r.begin && j < r.end) {
-              probe += p[j];
-              break;
-            }
-          }
-          int bucket = 0;
-          while (back >= (1 << bucket)) ++bucket;
-          buckets[bucket] += p[j];
-        }
-        double seen = 0;
-        for (double x : p) seen += x;
-        const SpanRecord& r = c.records()[s][static_cast<size_t>(t) * shape.heads + h];
-        const double kSpan = 1e-5;  // the project's bound is 1e-3; sums are kept in doubles
-        EXPECT_NEAR(r.far_mass, far, kSpan);
-        EXPECT_NEAR(r.sink_mass, sink, kSpan);
-        // Relative: distances reach the context's length; near 1 - sink = 0 the division amplifies.
-        if (seen - sink > 1e-6) {
-          EXPECT_NEAR(r.distance, distance / (seen - sink), 1e-3 * (1 + t));
-        }
-        EXPECT_NEAR(r.entropy, t > 0 ? entropy / std::log(t + 1.0) : 0, kSpan);
-        EXPECT_NEAR(r.top_probability, top, kSpan);
-        EXPECT_EQ(r.top_key, top_key);
-        EXPECT_NEAR(r.probe_mass, probe, kSpan);
-        EXPECT_EQ(r.beyond_window, 0.0f);
-        for (int b = 0; b < kDistanceBuckets; ++b)
-          EXPECT_NEAR(r.mass_by_distance[b], buckets[b], kSpan);
-        if (::testing::Test::HasFailure()) FAIL() << "position " << t << " head " << h;
-      }
-    }
-  }
-}
 
 TEST_P(AttentionOnEachSimd, SpansEqualTheEagerReferenceInAnyChunks) {
   const std::vector<ProbeRange> probes = {{10, 17}, {40, 41}};

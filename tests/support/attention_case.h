@@ -111,32 +111,58 @@ class AttentionCase {
     const bool half = shape_.dtype == DType::kBF16;
     std::vector<SpanRecord> records(static_cast<size_t>(n) * shape_.heads);
 
-    cache_.table = table.data();
+    // On a device everything travels there for the step, and what the ops wrote comes back.
+    std::vector<Buffer> buffers;
+    auto on_device = [&](auto& values) {
+      using T = std::remove_reference_t<decltype(values[0])>;
+      if (backend.host_memory() || values.empty()) return values.data();
+      const size_t bytes = values.size() * sizeof(T);
+      Buffer& buffer = buffers.emplace_back(backend.Allocate(bytes));
+      backend.CopyIn(buffer.data(), values.data(), bytes);
+      return reinterpret_cast<T*>(buffer.data());
+    };
+    auto* out_there = on_device(out);
+    auto* records_there = on_device(records);
+    cache_.arena = on_device(arena_);
+    cache_.table = on_device(table);
     AttentionArgs a;
-    a.query = View::Matrix(q.data(), DType::kF32, n, qn).Heads(shape_.heads);
-    a.key = View::Matrix(half ? static_cast<void*>(kh.data()) : kf.data(), shape_.dtype, n, kn)
-                .Heads(shape_.kv_heads);
-    a.value = View::Matrix(half ? static_cast<void*>(vh.data()) : vf.data(), shape_.dtype, n, kn)
-                  .Heads(shape_.kv_heads);
-    a.out = View::Matrix(out.data(), DType::kF32, n, qn).Heads(shape_.heads);
+    a.query = View::Matrix(on_device(q), DType::kF32, n, qn).Heads(shape_.heads);
+    a.key =
+        View::Matrix(half ? static_cast<void*>(on_device(kh)) : on_device(kf), shape_.dtype, n, kn)
+            .Heads(shape_.kv_heads);
+    a.value =
+        View::Matrix(half ? static_cast<void*>(on_device(vh)) : on_device(vf), shape_.dtype, n, kn)
+            .Heads(shape_.kv_heads);
+    a.out = View::Matrix(out_there, DType::kF32, n, qn).Heads(shape_.heads);
     a.cache = cache_;
-    a.batch = {static_cast<int>(members.size()), n, row_begin.data(), start.data()};
+    a.batch = {static_cast<int>(members.size()),
+               n,
+               on_device(row_begin),
+               on_device(start),
+               row_begin.data(),
+               start.data()};
     a.scale = Scale();
     a.window = shape_.window;
     a.softcap = shape_.softcap;
-    if (shape_.sinks) a.sinks = View::Vector(sinks_.data(), DType::kF32, shape_.heads);
+    if (shape_.sinks) a.sinks = View::Vector(on_device(sinks_), DType::kF32, shape_.heads);
     if (observe) {
-      a.spans.rows = rows.data();
+      a.spans.rows = on_device(rows);
       a.spans.count = n;
       a.spans.far_window = shape_.far_window;
-      a.spans.records = records.data();
+      a.spans.records = records_there;
       if (!probes.empty()) {
-        a.spans.probes = all_probes.data();
-        a.spans.probe_offsets = offsets.data();
+        a.spans.probes = on_device(all_probes);
+        a.spans.probe_offsets = on_device(offsets);
       }
     }
     backend.Run(backend.ops().Attention, a);
     backend.Run(backend.ops().StoreKv, {a.key, a.value, cache_, a.batch, shape_.window});
+    if (!backend.host_memory()) {
+      backend.CopyOut(out.data(), out_there, out.size() * sizeof(float));
+      backend.CopyOut(records.data(), records_there, records.size() * sizeof(SpanRecord));
+      backend.CopyOut(arena_.data(), cache_.arena, arena_.size());
+      cache_.arena = arena_.data();
+    }
     for (size_t m = 0; m < members.size(); ++m) {
       const int s = members[m];
       out_[s].insert(out_[s].end(), out.begin() + row_begin[m] * qn,

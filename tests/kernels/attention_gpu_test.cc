@@ -1,0 +1,117 @@
+// Attention on the GPU against the eager answer, and the laws that chunking and batching obey there
+// too.
+#include "tests/support/attention_expect.h"
+
+namespace longspan {
+namespace {
+
+using testing::AttentionCase;
+
+// fp32 sums of up to 2,500 products of unit normals, exponentials within 2 ulp, against doubles.
+constexpr double kTolerance = 5e-5;
+// The project's bound for every span.
+constexpr double kSpanTolerance = 1e-3;
+
+class CudaAttention : public ::testing::Test {
+ protected:
+  static void SetUpTestSuite() {
+    std::string why;
+    backend_ = Backend::Cuda(0, &why).release();
+    CHECK(backend_ != nullptr) << why;
+  }
+  static void TearDownTestSuite() { delete backend_; }
+  static Backend* backend_;
+};
+Backend* CudaAttention::backend_ = nullptr;
+
+TEST_F(CudaAttention, FullEqualsEagerAtEveryHeadSize) {
+  for (int dim : {4, 12, 33, 64, 80, 96, 128, 256}) {
+    SCOPED_TRACE(dim);
+    AttentionCase c({.heads = 4, .kv_heads = 2, .dim = dim}, {130, 1, 65});
+    c.RunAll(*backend_, 48);
+    testing::ExpectEqualsEager(c, kTolerance);
+  }
+}
+
+TEST_F(CudaAttention, WindowEqualsMaskedFullAttentionAtItsEdges) {
+  for (int window : {1, 2, 16, 17, 64, 100}) {
+    AttentionCase c({.window = window},
+                    {std::max(1, window - 1), window, window + 1, window + 16, 3 * window + 7});
+    for (int chunk : {1, 7, 64, 1000}) {
+      c.RunAll(*backend_, chunk);
+      testing::ExpectEqualsEager(c, kTolerance);
+    }
+  }
+}
+
+TEST_F(CudaAttention, SoftcapAndSinksEqualEager) {
+  for (int window : {0, 24}) {
+    AttentionCase c({.window = window, .softcap = 2.0f, .sinks = true}, {90, 33});
+    c.RunAll(*backend_, 20);
+    testing::ExpectEqualsEager(c, kTolerance);
+  }
+}
+
+TEST_F(CudaAttention, EveryGroupSizeEqualsEager) {
+  for (int kv_heads : {1, 2, 3, 6}) {
+    AttentionCase c({.heads = 6, .kv_heads = kv_heads, .dtype = DType::kF32}, {77});
+    c.RunAll(*backend_, 13);
+    testing::ExpectEqualsEager(c, kTolerance);
+  }
+}
+
+TEST_F(CudaAttention, SplitRowsEqualEager) {
+  for (int dim : {8, 128, 256}) {
+    AttentionCase c({.heads = 2, .kv_heads = 1, .dim = dim}, {2500});
+    c.RunAll(*backend_, 700);
+    testing::ExpectEqualsEager(c, kTolerance, 97);
+  }
+}
+
+TEST_F(CudaAttention, ChunkingChangesNoBit) {
+  for (int window : {0, 40}) {
+    AttentionCase c({.window = window}, {700, 150});
+    c.RunAll(*backend_, 1000);
+    const auto whole = c.out();
+    for (int chunk : {7, 64, 512}) {
+      c.RunAll(*backend_, chunk);
+      EXPECT_EQ(c.out(), whole) << "window " << window << " chunk " << chunk;
+    }
+  }
+}
+
+TEST_F(CudaAttention, NeighboursChangeNoBit) {
+  AttentionCase c({.heads = 2, .kv_heads = 1}, {1200, 70}, 5);
+  c.RunAll(*backend_, 1200);
+  const auto both = c.out();
+  c.Rewind();
+  c.Step(*backend_, {1200, 0}, false);
+  EXPECT_EQ(c.out()[0], both[0]);
+}
+
+TEST_F(CudaAttention, SpansEqualEager) {
+  const std::vector<ProbeRange> probes = {{3, 9}, {20, 21}};
+  for (int window : {0, 24}) {
+    for (bool sinks : {false, true}) {
+      AttentionCase c({.heads = 4, .kv_heads = 2, .window = window, .sinks = sinks}, {90, 40});
+      for (int chunk : {1, 33}) {
+        c.RunAll(*backend_, chunk, /*observe=*/true, probes);
+        testing::ExpectSpansEqualEager(c, probes, kSpanTolerance, 3);
+      }
+    }
+  }
+  AttentionCase c({.heads = 2, .kv_heads = 1, .dim = 64}, {1500});
+  c.RunAll(*backend_, 500, /*observe=*/true, {{1000, 1100}});
+  testing::ExpectSpansEqualEager(c, {{1000, 1100}}, kSpanTolerance, 191);
+}
+
+TEST_F(CudaAttention, ObservingChangesNoBit) {
+  AttentionCase c({.window = 24}, {100});
+  c.RunAll(*backend_, 30);
+  const auto plain = c.out();
+  c.RunAll(*backend_, 30, /*observe=*/true);
+  EXPECT_EQ(c.out(), plain);
+}
+
+}  // namespace
+}  // namespace longspan
