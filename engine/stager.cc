@@ -1,32 +1,41 @@
 #include "engine/stager.h"
 
+#include <algorithm>
 #include <numeric>
 
 namespace longspan {
+namespace {
+
+constexpr size_t kAlignment = 16;  // of each array of a step
+
+}  // namespace
 
 Stager::Stager(Backend& backend, const Model& model, int max_sequences)
     : backend_(backend), model_(model) {
   const size_t rows = model.max_rows();
   const size_t sequences = max_sequences;
   const size_t records = model.spec().layers.size() * sequences * model.max_heads();
-  tokens_ = backend.Allocate(rows * sizeof(int32_t));
-  positions_ = backend.Allocate(rows * sizeof(int32_t));
-  row_begin_ = backend.Allocate((sequences + 1) * sizeof(int32_t));
-  start_ = backend.Allocate(sequences * sizeof(int32_t));
-  logit_rows_ = backend.Allocate(sequences * sizeof(int32_t));
+  constexpr size_t kArrays = 8;
+  const size_t ints = 2 * rows + (sequences + 1) * 2 + sequences * 3;
+  host_.resize(ints * sizeof(int32_t) + sequences * kMaxProbes * sizeof(ProbeRange) +
+               kArrays * kAlignment);
+  block_ = backend.Allocate(host_.size());
   more_rows_ = backend.Allocate(model.max_logit_rows() * sizeof(int32_t));
-  span_rows_ = backend.Allocate(sequences * sizeof(int32_t));
-  probes_ = backend.Allocate(sequences * kMaxProbes * sizeof(ProbeRange));
-  probe_offsets_ = backend.Allocate((sequences + 1) * sizeof(int32_t));
   records_ = backend.Allocate(records * sizeof(SpanRecord));
 }
 
 template <class T>
-View Stager::Upload(Buffer& buffer, const std::vector<T>& values) {
+size_t Stager::Put(const std::vector<T>& values) {
+  const size_t at = used_;
   const size_t bytes = values.size() * sizeof(T);
-  CHECK_LE(bytes, buffer.bytes());
-  if (bytes > 0) backend_.CopyIn(buffer.data(), values.data(), bytes);
-  return View::Vector(buffer.data(), DType::kI32, static_cast<int64_t>(values.size()));
+  CHECK_LE(at + bytes, host_.size());
+  std::copy_n(reinterpret_cast<const std::byte*>(values.data()), bytes, host_.begin() + at);
+  used_ = (at + bytes + kAlignment - 1) / kAlignment * kAlignment;
+  return at;
+}
+
+View Stager::Ints(size_t at, size_t count) const {
+  return View::Vector(block_.data() + at, DType::kI32, static_cast<int64_t>(count));
 }
 
 StagedStep Stager::Stage(const std::vector<StageItem>& items, KvCache& cache) {
@@ -56,22 +65,30 @@ StagedStep Stager::Stage(const std::vector<StageItem>& items, KvCache& cache) {
     }
   }
 
+  used_ = 0;
+  const size_t tokens_at = Put(tokens), positions_at = Put(positions), begin_at = Put(row_begin),
+               start_at = Put(start), logits_at = Put(logit_rows), spans_at = Put(span_rows),
+               probes_at = Put(probes), offsets_at = Put(probe_offsets);
+  backend_.CopyIn(block_.data(), host_.data(), used_);
+
   Step& step = staged.step;
-  step.tokens = Upload(tokens_, tokens);
-  step.positions = Upload(positions_, positions);
+  step.tokens = Ints(tokens_at, tokens.size());
+  step.positions = Ints(positions_at, positions.size());
   step.batch.sequences = static_cast<int>(items.size());
   step.batch.rows = static_cast<int>(tokens.size());
-  step.batch.row_begin = Upload(row_begin_, row_begin).as<int32_t>();
-  step.batch.start = Upload(start_, start).as<int32_t>();
+  step.batch.row_begin = Ints(begin_at, row_begin.size()).as<int32_t>();
+  step.batch.start = Ints(start_at, start.size()).as<int32_t>();
+  step.batch.host_row_begin = reinterpret_cast<const int32_t*>(host_.data() + begin_at);
+  step.batch.host_start = reinterpret_cast<const int32_t*>(host_.data() + start_at);
   step.caches = cache.Views(sequences);
-  step.logit_rows = Upload(logit_rows_, logit_rows);
+  step.logit_rows = Ints(logits_at, logit_rows.size());
   step.spans.count = static_cast<int>(span_rows.size());
   if (!span_rows.empty()) {
-    step.spans.rows = Upload(span_rows_, span_rows).as<int32_t>();
+    step.spans.rows = Ints(spans_at, span_rows.size()).as<int32_t>();
     step.spans.far_window = model_.spec().window();
     if (!probes.empty()) {
-      step.spans.probes = Upload(probes_, probes).as<ProbeRange>();
-      step.spans.probe_offsets = Upload(probe_offsets_, probe_offsets).as<int32_t>();
+      step.spans.probes = reinterpret_cast<const ProbeRange*>(block_.data() + probes_at);
+      step.spans.probe_offsets = Ints(offsets_at, probe_offsets.size()).as<int32_t>();
     }
     step.span_records = reinterpret_cast<SpanRecord*>(records_.data());
   }
@@ -82,7 +99,9 @@ StagedStep Stager::Stage(const std::vector<StageItem>& items, KvCache& cache) {
 View Stager::RowRange(int begin, int count) {
   std::vector<int32_t> rows(count);
   std::iota(rows.begin(), rows.end(), begin);
-  return Upload(more_rows_, rows);
+  CHECK_LE(rows.size() * sizeof(int32_t), more_rows_.bytes());
+  backend_.CopyIn(more_rows_.data(), rows.data(), rows.size() * sizeof(int32_t));
+  return View::Vector(more_rows_.data(), DType::kI32, count);
 }
 
 const std::vector<SpanRecord>& Stager::Records(const StagedStep& staged, int index) {

@@ -40,13 +40,18 @@ class Stager {
   static constexpr int kMaxProbes = 64;  // per sequence
 
  private:
+  // Appends an array to what Stage() sends; returns where it lies.
   template <class T>
-  View Upload(Buffer& buffer, const std::vector<T>& values);
+  size_t Put(const std::vector<T>& values);
+  View Ints(size_t at, size_t count) const;
 
   Backend& backend_;
   const Model& model_;
-  Buffer tokens_, positions_, row_begin_, start_, logit_rows_, more_rows_, span_rows_, probes_,
-      probe_offsets_, records_;
+  // All that a step reads, here and in the backend's memory: one copy a step.
+  std::vector<std::byte> host_;
+  Buffer block_;
+  size_t used_ = 0;
+  Buffer more_rows_, records_;
   std::vector<SpanRecord> fetched_, row_;
   bool fetched_valid_ = false;
 };
