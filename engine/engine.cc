@@ -15,7 +15,8 @@ namespace {
 constexpr int64_t kDefaultCacheBytes = int64_t{512} << 20;
 
 // Fills in defaults; InvalidArgument names the flag, its value and its limits.
-absl::StatusOr<EngineOptions> Complete(EngineOptions options, const Model& model) {
+absl::StatusOr<EngineOptions> Complete(EngineOptions options, const Model& model,
+                                       int64_t free_bytes) {
   if (options.max_context <= 0) options.max_context = model.spec().max_context;
   options.max_context = std::min(options.max_context, model.spec().max_context);
   if (options.span_every < 1) {
@@ -32,6 +33,14 @@ absl::StatusOr<EngineOptions> Complete(EngineOptions options, const Model& model
     return absl::InvalidArgumentError(absl::StrCat("max-running is ", limits.max_running,
                                                    ", must be from 1 to ", model.max_logit_rows()));
   }
+  if (options.cache_bytes <= 0 && free_bytes >= 0) {
+    if (!(options.memory_fraction > 0 && options.memory_fraction <= 1)) {
+      return absl::InvalidArgumentError(absl::StrCat("memory-fraction is ", options.memory_fraction,
+                                                     ", must be above 0 and at most 1"));
+    }
+    options.cache_bytes =
+        static_cast<int64_t>(options.memory_fraction * static_cast<double>(free_bytes));
+  }
   if (options.cache_bytes <= 0) {
     const CacheShape shape = ShapeOf(model.spec(), model.cache_dtype(), options.page_tokens);
     options.cache_bytes = std::max(kDefaultCacheBytes, BytesToHold(shape, options.max_context));
@@ -44,7 +53,7 @@ absl::StatusOr<EngineOptions> Complete(EngineOptions options, const Model& model
 absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(
     LoadedModel* model, Backend& backend, const EngineOptions& given,
     absl::AnyInvocable<void(const StepReport&)> on_step) {
-  absl::StatusOr<EngineOptions> options = Complete(given, *model->model);
+  absl::StatusOr<EngineOptions> options = Complete(given, *model->model, backend.FreeBytes());
   if (!options.ok()) return options.status();
   const Model& m = *model->model;
   auto cache =
@@ -90,6 +99,7 @@ absl::Status Engine::Submit(Request request, EventSink sink) {
   const SchedulerLimits& limits = impl.options.limits;
 
   absl::MutexLock lock(&impl.mu);
+  if (!impl.failure.ok()) return impl.failure;
   if (impl.stop || impl.draining) return absl::UnavailableError("the server is draining");
   if (!impl.cache->CouldEverFit(most)) {
     ++impl.refused_never_fits;
@@ -166,6 +176,11 @@ bool Engine::WaitIdle(absl::Duration timeout) const {
       absl::Condition(
           +[](int* unfinished) { return *unfinished == 0; }, &impl_->unfinished),
       timeout);
+}
+
+absl::Status Engine::Health() const {
+  absl::MutexLock lock(&impl_->mu);
+  return impl_->failure;
 }
 
 EngineStats Engine::Stats() const {

@@ -2,6 +2,7 @@
 // The engine: one thread that turns requests into events. Submit and Cancel are the only ways in, a
 // request's sink is the only way out. All public methods are safe from any thread.
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -19,9 +20,14 @@ namespace longspan {
 
 struct EngineOptions {
   SchedulerLimits limits;
-  int64_t cache_bytes = 0;  // 0: 512 MiB, or what one context of the model needs if more
-  int page_tokens = 16;     // tail waste against table size; GPUs like 16 to 64
-  int max_context = 0;      // 0: the model's
+  // 0: on a device with memory of its own memory_fraction of what is free, else 512 MiB or what one
+  // context of the model needs if more.
+  int64_t cache_bytes = 0;
+  double memory_fraction = 0.9;
+  // Called once on the engine thread when Health() has turned bad; must not block.
+  std::function<void()> on_failure;
+  int page_tokens = 16;  // tail waste against table size; GPUs like 16 to 64
+  int max_context = 0;   // 0: the model's
   SpanLevel spans = SpanLevel::kHead;
   int span_every = 16;  // observe one decode step in N
 };
@@ -67,6 +73,10 @@ class Engine {
   void Resume();
   bool Idle() const;
   bool WaitIdle(absl::Duration timeout) const;
+
+  // UNAVAILABLE with the device's words once it has failed: every request in flight has ended with
+  // that, Submit() refuses, and only a new process can do better.
+  absl::Status Health() const;
 
   EngineStats Stats() const;
   AttentionSpans& spans() const;

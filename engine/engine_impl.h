@@ -64,6 +64,7 @@ struct Engine::Impl {
   // --- Engine thread: a step ---
   bool RunStep();  // false: nothing could be done
   void Execute(const Batch& batch);
+  bool Failed();
   bool DueForSpans(const Batch& batch);
   std::vector<StageItem> Plan(const Batch& batch, bool sample_spans);
   absl::Span<const float> HostLogits(const View& logits, bool copy);
@@ -125,6 +126,7 @@ struct Engine::Impl {
   uint64_t refused_never_fits ABSL_GUARDED_BY(mu) = 0;
   uint64_t refused_queue_full ABSL_GUARDED_BY(mu) = 0;
   bool draining ABSL_GUARDED_BY(mu) = false;
+  absl::Status failure ABSL_GUARDED_BY(mu);  // of the device; for good
   bool stop ABSL_GUARDED_BY(mu) = false;
   EngineStats stats ABSL_GUARDED_BY(mu);
   absl::BitGen random ABSL_GUARDED_BY(mu);

@@ -209,11 +209,13 @@ void Engine::Impl::Execute(const Batch& batch) {
     reads_prompt_rows |= active->request.output.prompt_logprobs.has_value() && !active->prompt_done;
   }
   const absl::Span<const float> logits = HostLogits(device_logits, reads_prompt_rows);
+  if (Failed()) return;
   for (size_t i = 0; reads_prompt_rows && i < batch.items.size(); ++i) {
     Active& active = *OwnerOf(batch.items[i].ticket).active;
     if (!active.request.output.prompt_logprobs.has_value() || active.prompt_done) continue;
     ReadPromptLogprobs(batch.items[i], active, staged.first_row[i]);
   }
+  if (Failed()) return;
   if (sample_spans) spans.CountStep(/*observed=*/true);
 
   const int64_t vocab = model.spec().vocab;
@@ -229,6 +231,24 @@ void Engine::Impl::Execute(const Batch& batch) {
   report.duration = absl::Now() - begin;
   local.step_seconds += absl::ToDoubleSeconds(report.duration);
   if (on_step) on_step(report);
+}
+
+// True once the device has failed: its caches and results are worth nothing, so that all in flight
+// end and no new request is taken.
+bool Engine::Impl::Failed() {
+  const std::string fault = backend.Fault();
+  if (fault.empty()) return false;
+  const absl::Status status = absl::UnavailableError(absl::StrCat(backend.name(), ": ", fault));
+  {
+    absl::MutexLock lock(&mu);
+    draining = true;
+    failure = status;
+  }
+  std::vector<std::string> ids;
+  for (const auto& [id, active] : requests) ids.push_back(id);
+  for (const std::string& id : ids) End(id, status);
+  if (options.on_failure) options.on_failure();
+  return true;
 }
 
 // One in span_every of the steps that draw a token.

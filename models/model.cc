@@ -85,6 +85,23 @@ struct Model::Workspace {
   View logits;      // [max_logit_rows, vocab]
 };
 
+namespace {
+
+// A device with memory of its own must hold all weights; ResourceExhausted has both numbers.
+absl::Status CheckMemory(const Checkpoint& checkpoint, const Backend& backend) {
+  if (backend.host_memory()) return absl::OkStatus();
+  int64_t needed = 0;
+  for (const auto& [name, tensor] : checkpoint.tensors()) {
+    needed += static_cast<int64_t>(tensor.data.size());
+  }
+  if (needed <= backend.FreeBytes()) return absl::OkStatus();
+  return absl::ResourceExhaustedError(absl::StrCat(checkpoint.path(), ": its weights are ", needed,
+                                                   " bytes, ", backend.name(), " has ",
+                                                   backend.FreeBytes(), " bytes free"));
+}
+
+}  // namespace
+
 Model::Model(ModelSpec spec, ModelOptions options, Backend& backend)
     : spec_(std::move(spec)), options_(options), backend_(backend) {}
 Model::~Model() = default;
@@ -100,10 +117,17 @@ absl::StatusOr<std::unique_ptr<Model>> Model::Load(std::shared_ptr<const Checkpo
                                                  absl::StrJoin(missing, ", "), ", which ",
                                                  backend.name(), " does not have"));
   }
+  if (absl::Status fits = CheckMemory(*checkpoint, backend); !fits.ok()) return fits;
   std::unique_ptr<Model> model(new Model(*std::move(spec), options, backend));
   model->checkpoint_ = std::move(checkpoint);
   if (absl::Status bound = model->BindWeights(); !bound.ok()) return bound;
   model->AllocateWorkspace();
+  for (const Buffer& buffer : model->owned_) {
+    if (buffer.data() != nullptr) continue;
+    return absl::ResourceExhaustedError(absl::StrCat(
+        backend.name(), " has ", backend.FreeBytes(), " bytes left beside ", model->weight_bytes_,
+        " bytes of weights, too few for steps of ", options.max_rows, " rows"));
+  }
   return model;
 }
 

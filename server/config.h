@@ -28,6 +28,7 @@ struct ServerConfig {
   int max_context = 0;  // 0: the model's
   int page_tokens = 16;
   int64_t cache_bytes = 0;                 // 0: 512 MiB, or one context if that is more
+  double memory_fraction = 0.9;            // of a GPU's free memory, if cache_bytes is 0
   std::string attention_metrics = "head";  // off | layer | head
   int attention_sample_every = 16;         // decode steps; 1 observes each
   std::string metrics_compat = "vllm";     // or "none"

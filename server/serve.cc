@@ -63,11 +63,12 @@ int RunServe(int argc, char** argv) {
     _exit(130);
   }).detach();
   const int aborted = (*server)->DrainAndStop();
+  const absl::Status health = (*server)->engine().Health();
   server->reset();
   Log(LogLevel::kInfo, "stopped", {{"aborted_requests", absl::StrCat(aborted)}});
   std::cerr.flush();
   // Not return: the detached thread still waits on `signals`.
-  _exit(0);
+  _exit(health.ok() ? 0 : 1);
 }
 
 }  // namespace longspan

@@ -7,13 +7,12 @@
 #include <filesystem>
 #include <vector>
 
-#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
-#include "absl/strings/strip.h"
 #include "absl/time/clock.h"
 #include "server/admin_service.h"
 #include "server/attention_service.h"
+#include "server/device.h"
 #include "server/frontend.h"
 #include "server/http_door.h"
 #include "server/inference_service.h"
@@ -26,19 +25,6 @@ namespace longspan {
 namespace {
 
 constexpr char kReadyService[] = "longspan.v1.InferenceService";
-
-absl::StatusOr<std::unique_ptr<Backend>> OpenBackend(const ServerConfig& config) {
-  if (config.device == "cpu") return Backend::Cpu({.threads = config.threads});
-  int device = 0;
-  absl::string_view number = absl::StripPrefix(config.device, "cuda:");
-  if (!absl::SimpleAtoi(number, &device) || device < 0) {
-    return absl::InvalidArgumentError(absl::StrCat("--device is '", config.device, "'"));
-  }
-  std::string why;
-  auto backend = Backend::Cuda(device, &why);
-  if (backend == nullptr) return absl::UnavailableError(absl::StrCat(config.device, ": ", why));
-  return backend;
-}
 
 }  // namespace
 
@@ -56,7 +42,7 @@ struct Server::Impl {
   int grpc_port = 0;
   std::atomic<bool> ready{false};
 
-  absl::Status Load();
+  absl::Status Load(const std::function<void()>& request_shutdown);
   absl::Status Listen(std::function<void()> request_shutdown);
   std::vector<HttpDoor::Route> Routes();
   void SetReady(bool value) {
@@ -66,13 +52,13 @@ struct Server::Impl {
   }
 };
 
-absl::Status Server::Impl::Load() {
+absl::Status Server::Impl::Load(const std::function<void()>& request_shutdown) {
   if (config.model.empty()) {
     auto path = DefaultModelPath();
     if (!path.ok()) return path.status();
     config.model = *path;
   }
-  auto opened = OpenBackend(config);
+  auto opened = OpenDevice(config.device, config.threads);
   if (!opened.ok()) return opened.status();
   backend = *std::move(opened);
 
@@ -91,6 +77,8 @@ absl::Status Server::Impl::Load() {
   engine_options.limits.max_queued_requests = config.max_queued_requests;
   engine_options.limits.max_queued_tokens = config.max_queued_tokens;
   engine_options.cache_bytes = config.cache_bytes;
+  engine_options.memory_fraction = config.memory_fraction;
+  engine_options.on_failure = request_shutdown;
   engine_options.page_tokens = config.page_tokens;
   engine_options.max_context = config.max_context;
   engine_options.spans = LevelOf(config);
@@ -181,7 +169,7 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const ServerConfig& config
   if (absl::Status valid = Validate(config); !valid.ok()) return valid;
   auto impl = std::make_unique<Impl>();
   impl->config = config;
-  if (absl::Status loaded = impl->Load(); !loaded.ok()) return loaded;
+  if (absl::Status loaded = impl->Load(request_shutdown); !loaded.ok()) return loaded;
   std::unique_ptr<Server> server(new Server(std::move(impl)));
   if (absl::Status up = server->impl_->Listen(std::move(request_shutdown)); !up.ok()) return up;
   return server;

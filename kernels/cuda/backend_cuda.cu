@@ -11,6 +11,7 @@
 #include "kernels/cuda/context.h"
 #include "kernels/cuda/matmul.h"
 #include "kernels/cuda/ops_cuda.h"
+#include "kernels/cuda/roofline.h"
 
 namespace longspan {
 namespace {
@@ -74,6 +75,8 @@ class CudaBackend : public Backend {
   }
 
   std::string Fault() const override { return context_->fault; }
+
+  Roofline MeasureRoofline() override { return cuda::MeasureRoofline(*context_); }
 
   void CopyIn(void* to, const void* from, size_t bytes) override {
     auto* target = static_cast<std::byte*>(to);
