@@ -17,6 +17,7 @@
 #include "server/cli.h"
 #include "server/cli_client.h"
 #include "server/config.h"
+#include "server/device.h"
 
 namespace longspan {
 namespace {
@@ -24,7 +25,7 @@ namespace {
 using nlohmann::ordered_json;
 
 struct BenchOptions {
-  std::string model, server, kv_dtype = "bf16";
+  std::string model, server, device = "cpu", kv_dtype = "bf16";
   std::vector<int64_t> prompts = {128, 512, 2048}, contexts = {32}, batches = {1, 8};
   int tokens = 64, repeats = 3, threads = 0, max_batched_tokens = 512;
   int requests = 64, concurrency = 8;
@@ -110,7 +111,9 @@ absl::StatusOr<std::unique_ptr<OfflineBench>> OfflineBench::Open(const BenchOpti
     if (!found.ok()) return found.status();
     path = *found;
   }
-  bench->backend_ = Backend::Cpu({.threads = options.threads});
+  auto device = OpenDevice(options.device, options.threads);
+  if (!device.ok()) return device.status();
+  bench->backend_ = *std::move(device);
   ModelOptions model_options;
   model_options.max_rows = options.max_batched_tokens;
   model_options.cache_dtype = options.kv_dtype == "f32" ? DType::kF32 : DType::kBF16;
@@ -486,6 +489,7 @@ int RunBench(int argc, char** argv) {
   flags.String("model", &options.model, "PATH", "checkpoint; empty is the default model");
   flags.Ints("prompts", &options.prompts, "N,N,...", "prompt lengths; --server uses the first");
   flags.Int("tokens", &options.tokens, "tokens to generate for each sequence", 2);
+  flags.String("device", &options.device, "cpu|cuda:N", "where it runs");
   flags.Int("threads", &options.threads, "0: one per core that the process may run on");
   flags.Ints("contexts", &options.contexts, "N,N,...", "tokens read before decoding");
   flags.Ints("batches", &options.batches, "N,N,...", "sequences that decode together");
