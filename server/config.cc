@@ -56,6 +56,7 @@ std::optional<int> ReadConfig(int argc, char** argv, ServerConfig* config) {
                  "after SIGTERM, time for accepted requests to finish");
   flags.Choice("log-level", &c.log_level, {"debug", "info", "warning", "error"},
                "what is logged to stderr; prompts and answers never are");
+  flags.Choice("log-format", &c.log_format, {"text", "json"}, "json is one object a line");
   flags.Epilogue(
       "Examples:\n"
       "  longspan serve\n"

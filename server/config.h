@@ -38,6 +38,7 @@ struct ServerConfig {
   int64_t max_prompt_bytes = 8 << 20;  // checked before tokenizing, which takes a second per 8 MiB
   int max_concurrent_streams = 1024;   // of one connection
   std::string log_level = "info";      // debug | info | warning | error
+  std::string log_format = "text";     // or "json"
   absl::Duration stall_timeout = absl::Seconds(30);        // of a reader that takes nothing
   absl::Duration withdrawal_grace = absl::ZeroDuration();  // from "not ready" to refusing requests
   absl::Duration shutdown_timeout = absl::Seconds(45);     // for accepted requests to finish

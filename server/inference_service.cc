@@ -14,6 +14,7 @@
 #include "server/completion.h"
 #include "server/log.h"
 #include "server/status.h"
+#include "server/trace_parent.h"
 
 namespace longspan {
 namespace {
@@ -27,14 +28,34 @@ absl::Time DeadlineOf(const grpc::CallbackServerContext& context) {
   return absl::FromChrono(deadline);
 }
 
-// INTERNAL is our fault and worth a line by default; everything else is the client's to know.
-void LogEnd(const std::string& id, const char* method, const absl::Status& status) {
-  Log(absl::IsInternal(status) ? LogLevel::kError : LogLevel::kDebug, "request ended",
-      {{"method", method},
-       {"request_id", id},
-       {"code", absl::StatusCodeToString(status.code())},
-       {"message", std::string(status.message())}});
-}
+// The line about one request: who asked, how it ended, what it took.
+class RequestLog {
+ public:
+  RequestLog(const grpc::CallbackServerContext& context, const char* method)
+      : method_(method), traceparent_(TraceParentOf(context)) {}
+  void Count(const Event& finished) {
+    prompt_tokens_ = finished.prompt_tokens;
+    completion_tokens_ = finished.completion_tokens;
+  }
+  // INTERNAL is our fault and worth a line at every level.
+  void End(const std::string& id, const absl::Status& status) const {
+    Log(absl::IsInternal(status) ? LogLevel::kError : LogLevel::kInfo, "request ended",
+        {{"method", method_},
+         {"request_id", id},
+         {"traceparent", traceparent_},
+         {"code", absl::StatusCodeToString(status.code())},
+         {"message", status.message()},
+         {"prompt_tokens", prompt_tokens_},
+         {"completion_tokens", completion_tokens_},
+         {"seconds", LogValue::Seconds(absl::ToDoubleSeconds(absl::Now() - begin_))}});
+  }
+
+ private:
+  const char* method_;
+  std::string traceparent_;
+  absl::Time begin_ = absl::Now();
+  int prompt_tokens_ = 0, completion_tokens_ = 0;
+};
 
 // Which message holds what, for a completion and for a chat.
 const v1::CompleteRequest& Base(const v1::CompleteRequest& r) { return r; }
@@ -65,7 +86,7 @@ class UnaryCall : public grpc::ServerUnaryReactor {
  public:
   UnaryCall(const Frontend& frontend, const char* method, grpc::CallbackServerContext* context,
             const RequestMessage& message, ResponseMessage* response)
-      : frontend_(frontend), method_(method), context_(context), response_(response) {
+      : frontend_(frontend), log_(*context, method), context_(context), response_(response) {
     auto request = ToRequest(message, frontend.conversion);
     if (!request.ok()) {
       End(request.status());
@@ -92,12 +113,13 @@ class UnaryCall : public grpc::ServerUnaryReactor {
     builder_->Add(event, Base(response_));
     if (event.kind == Event::Kind::kFinished) {
       Complete(response_);
+      log_.Count(event);
       ended_.store(true);
       End(event.status);
     }
   }
   void End(const absl::Status& status) {
-    LogEnd(id_, method_, status);
+    log_.End(id_, status);
     Finish(ToGrpc(status, context_));
   }
   void OnCancel() override {
@@ -106,7 +128,7 @@ class UnaryCall : public grpc::ServerUnaryReactor {
   void OnDone() override { delete this; }
 
   const Frontend& frontend_;
-  const char* method_;
+  RequestLog log_;
   grpc::CallbackServerContext* context_;
   ResponseMessage* response_;
   std::string id_;
@@ -122,7 +144,7 @@ class StreamCall : public grpc::ServerWriteReactor<ResponseMessage> {
  public:
   StreamCall(const Frontend& frontend, const char* method, grpc::CallbackServerContext* context,
              const RequestMessage& message)
-      : frontend_(frontend), method_(method), context_(context) {
+      : frontend_(frontend), log_(*context, method), context_(context) {
     auto request = ToRequest(Inner(message), frontend.conversion);
     if (!request.ok()) {
       Refuse(request.status());
@@ -165,6 +187,7 @@ class StreamCall : public grpc::ServerWriteReactor<ResponseMessage> {
       builder_->Add(event, &outbox_);
       if (event.kind == Event::Kind::kFinished) {
         ended_ = true;
+        log_.Count(event);
         status_ = event.status;
         if (!status_.ok()) outbox_.clear();
       }
@@ -210,7 +233,7 @@ class StreamCall : public grpc::ServerWriteReactor<ResponseMessage> {
         return;
       case Action::kFinish: {
         const absl::Status status = stalled_.load() ? Stalled() : status_;
-        LogEnd(id_, method_, status);
+        log_.End(id_, status);
         this->Finish(ToGrpc(status, context_));
         return;
       }
@@ -245,7 +268,7 @@ class StreamCall : public grpc::ServerWriteReactor<ResponseMessage> {
   }
 
   const Frontend& frontend_;
-  const char* method_;
+  RequestLog log_;
   grpc::CallbackServerContext* context_;
   std::string id_;
   std::unique_ptr<StreamBuilder> builder_;
@@ -360,8 +383,9 @@ class InferenceServiceImpl final : public v1::InferenceService::CallbackService 
   grpc::ServerUnaryReactor* Answer(grpc::CallbackServerContext* context, const char* method,
                                    const Body& body) {
     grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
+    const RequestLog log(*context, method);
     const absl::Status status = body();
-    LogEnd("", method, status);
+    log.End("", status);
     reactor->Finish(ToGrpc(status, context));
     return reactor;
   }

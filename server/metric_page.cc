@@ -271,6 +271,8 @@ void AddAttentionLayers(const Engine& engine, MetricPage& page) {
                    absl::StrCat(series.help, " Summed over heads."), sum, layer.labels);
     }
   }
+  page.Gauge("longspan_attention_window_tokens", "Window of the sliding layers; 0: there are none.",
+             engine.model().model->spec().window());
   page.Counter("longspan_attention_sampled_steps_total", "Decode steps that were observed.",
                static_cast<double>(snapshot.sampled_steps));
   page.Counter("longspan_attention_dropped_steps_total",

@@ -8,7 +8,6 @@
 #include <iostream>
 #include <thread>
 
-#include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "server/log.h"
 #include "server/server.h"
@@ -47,6 +46,7 @@ int RunServe(int argc, char** argv) {
   ServerConfig config;
   if (auto exit = ReadConfig(argc, argv, &config); exit.has_value()) return *exit;
   SetLogLevel(config.log_level);
+  SetLogFormat(config.log_format);
   const Signals signals;  // before any thread, so that all inherit the mask
   const absl::Time begin = absl::Now();
   auto server = Server::Start(config, [] { kill(getpid(), SIGTERM); });
@@ -65,7 +65,7 @@ int RunServe(int argc, char** argv) {
   const int aborted = (*server)->DrainAndStop();
   const absl::Status health = (*server)->engine().Health();
   server->reset();
-  Log(LogLevel::kInfo, "stopped", {{"aborted_requests", absl::StrCat(aborted)}});
+  Log(LogLevel::kInfo, "stopped", {{"aborted_requests", aborted}});
   std::cerr.flush();
   // Not return: the detached thread still waits on `signals`.
   _exit(health.ok() ? 0 : 1);

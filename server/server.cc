@@ -8,7 +8,6 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_format.h"
 #include "absl/time/clock.h"
 #include "server/admin_service.h"
 #include "server/attention_service.h"
@@ -205,10 +204,10 @@ void Server::LogReady(absl::Duration after) const {
        {"http", http ? Address(impl_->config.http, http_port()) : "off"},
        {"model", impl_->config.names.front()},
        {"family", spec.family},
-       {"context", absl::StrCat(impl_->engine->options().max_context)},
+       {"context", impl_->engine->options().max_context},
        {"device", impl_->backend->name()},
-       {"cache_bytes", absl::StrCat(impl_->engine->options().cache_bytes)},
-       {"seconds", absl::StrFormat("%.3f", absl::ToDoubleSeconds(after))}});
+       {"cache_bytes", impl_->engine->options().cache_bytes},
+       {"seconds", LogValue::Seconds(absl::ToDoubleSeconds(after))}});
 }
 
 int Server::DrainAndStop() {

@@ -1,5 +1,7 @@
 // Small parts of the server by themselves: log lines, the watchdog, percentiles, metric pages.
 #include <atomic>
+#include <cstring>
+#include <nlohmann/json.hpp>
 
 #include "absl/synchronization/notification.h"
 #include "absl/time/clock.h"
@@ -9,6 +11,7 @@
 #include "server/metric_page.h"
 #include "server/span_proto.h"
 #include "server/stall_watchdog.h"
+#include "server/trace_parent.h"
 
 namespace longspan {
 namespace {
@@ -17,15 +20,46 @@ using ::testing::EndsWith;
 using ::testing::HasSubstr;
 
 TEST(Log, QuotesValuesThatWouldBreakTheLine) {
-  const std::string line =
-      LogLine(LogLevel::kInfo, "ready", {{"model", "a b"}, {"id", "x\ny\"="}, {"n", "3"}});
+  const std::string line = LogLine(LogFormat::kText, LogLevel::kInfo, "ready",
+                                   {{"model", "a b"}, {"id", "x\ny\"="}, {"n", 3}});
   EXPECT_THAT(line, EndsWith(" INFO ready model=\"a b\" id=\"x\\ny\\\"=\" n=3\n"));
   EXPECT_EQ(line.find('\n'), line.size() - 1);
 }
 
-TEST(Log, KnowsItsLevels) {
+TEST(Log, IsOneJsonObjectALineWhateverTheValuesHold) {
+  const std::string line = LogLine(
+      LogFormat::kJson, LogLevel::kWarning, "request ended",
+      {{"id", "x\ny\"=\xff\u2028"}, {"tokens", int64_t{1} << 40}, {"s", LogValue::Seconds(0.25)}});
+  EXPECT_EQ(line.find('\n'), line.size() - 1);
+  const auto json = nlohmann::json::parse(line);
+  EXPECT_EQ(json["level"], "warning");
+  EXPECT_EQ(json["event"], "request ended");
+  EXPECT_EQ(json["id"], "x\ny\"=\uFFFD\u2028");
+  EXPECT_EQ(json["tokens"], int64_t{1} << 40);
+  EXPECT_EQ(json["s"], 0.25);
+  EXPECT_EQ(json["time"].get<std::string>().size(), strlen("2026-11-24T01:02:03.004Z"));
+}
+
+TEST(Log, KnowsItsLevelsAndFormats) {
   EXPECT_TRUE(SetLogLevel("warning"));
   EXPECT_FALSE(SetLogLevel("loud"));
+  EXPECT_TRUE(SetLogFormat("text"));
+  EXPECT_FALSE(SetLogFormat("xml"));
+}
+
+// The first is the example of the W3C recommendation; the others break one of its rules each.
+TEST(TraceParent, FollowsTheRecommendation) {
+  const std::string good = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+  EXPECT_TRUE(IsTraceParent(good));
+  EXPECT_TRUE(IsTraceParent("cc" + good.substr(2) + "-more"));
+  EXPECT_FALSE(IsTraceParent("ff" + good.substr(2)));
+  EXPECT_FALSE(IsTraceParent(good + "-more"));
+  EXPECT_FALSE(IsTraceParent("cc" + good.substr(2) + ".more"));
+  EXPECT_FALSE(IsTraceParent(good.substr(0, 54)));
+  EXPECT_FALSE(IsTraceParent("00-4BF92F3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"));
+  EXPECT_FALSE(IsTraceParent("00-00000000000000000000000000000000-00f067aa0ba902b7-01"));
+  EXPECT_FALSE(IsTraceParent("00-4bf92f3577b34da6a3ce929d0e0e4736-0000000000000000-01"));
+  EXPECT_FALSE(IsTraceParent("00_4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"));
 }
 
 TEST(StallWatchdog, FiresOnceForAWriteThatStandsAndNotForOneThatEnds) {
