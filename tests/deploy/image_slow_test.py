@@ -67,6 +67,9 @@ class CpuImage(unittest.TestCase):
             with open(f"/proc/{child.pid}/task/{child.pid}/children") as children:
                 server.pid = int(children.read().split()[0])
             yield server
+            if child.poll() is None:  # unshare itself takes no SIGTERM
+                os.kill(server.pid, signal.SIGTERM)
+                self.assertEqual(child.wait(timeout=60), 0)
 
     def test_says_how_it_wants_to_be_run(self):
         self.assertEqual(self.config["User"], "10001:10001")
