@@ -21,10 +21,11 @@ constexpr size_t kStageBytes = size_t{8} << 20;  // pinned, each way of each hal
 
 OpTable CudaOps() {
   OpTable table;
-#define LONGSPAN_CUDA_OP(name)                                                \
-  table.name.function = [](BackendContext& context, const name##Args& args) { \
-    auto& cuda_context = static_cast<cuda::BackendContext&>(context);         \
-    if (cuda_context.fault.empty()) cuda::name(cuda_context, args);           \
+#define LONGSPAN_CUDA_OP(name)                                                 \
+  table.name.function = [](BackendContext& context, const name##Args& args) {  \
+    auto& cuda_context = static_cast<cuda::BackendContext&>(context);          \
+    cudaSetDevice(cuda_context.device); /* it belongs to the calling thread */ \
+    if (cuda_context.fault.empty()) cuda::name(cuda_context, args);            \
   };
   LONGSPAN_OPS(LONGSPAN_CUDA_OP)
 #undef LONGSPAN_CUDA_OP
@@ -48,6 +49,7 @@ class CudaBackend : public Backend {
         in_(in),
         out_(out) {}
   ~CudaBackend() override {
+    Bind();
     cudaStreamSynchronize(context_->stream);
     cuda::FreeTilePlans(context_->tile_plans);
     cublasLtDestroy(context_->cublas);
@@ -60,6 +62,7 @@ class CudaBackend : public Backend {
 
   Buffer Allocate(size_t bytes) override {
     if (bytes == 0) return Buffer();
+    Bind();
     void* data = nullptr;
     if (cudaMalloc(&data, bytes) != cudaSuccess) {
       cudaGetLastError();  // out of memory is an answer, not a fault
@@ -70,15 +73,20 @@ class CudaBackend : public Backend {
   }
 
   int64_t FreeBytes() const override {
+    Bind();
     size_t free = 0, total = 0;
     return cudaMemGetInfo(&free, &total) == cudaSuccess ? static_cast<int64_t>(free) : 0;
   }
 
   std::string Fault() const override { return context_->fault; }
 
-  Roofline MeasureRoofline() override { return cuda::MeasureRoofline(*context_); }
+  Roofline MeasureRoofline() override {
+    Bind();
+    return cuda::MeasureRoofline(*context_);
+  }
 
   void CopyIn(void* to, const void* from, size_t bytes) override {
+    Bind();
     auto* target = static_cast<std::byte*>(to);
     auto* source = static_cast<const std::byte*>(from);
     while (bytes > 0 && context_->fault.empty()) {
@@ -101,6 +109,7 @@ class CudaBackend : public Backend {
   }
 
   void CopyOut(void* to, const void* from, size_t bytes) override {
+    Bind();
     for (size_t at = 0; at < bytes && context_->fault.empty(); at += kStageBytes) {
       const size_t part = std::min(bytes - at, kStageBytes);
       Check(cudaMemcpyAsync(out_, static_cast<const std::byte*>(from) + at, part,
@@ -113,11 +122,14 @@ class CudaBackend : public Backend {
 
   void CopyWithin(void* to, const void* from, size_t bytes) override {
     if (bytes == 0 || !context_->fault.empty()) return;
+    Bind();
     Check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, context_->stream),
           "copying within the device");
   }
 
  private:
+  // The current device belongs to a thread, and more than one calls: who opens, who runs.
+  void Bind() const { cudaSetDevice(context_->device); }
   void Check(cudaError_t error, const char* what) { cuda::Ok(*context_, error, what); }
 
   std::unique_ptr<cuda::BackendContext> context_;
