@@ -158,7 +158,7 @@ class CpuImage(unittest.TestCase):
             os.kill(server.pid, signal.SIGTERM)
             stack.wait_for("a server that is not ready", lambda: not self.healthy(server), 5)
             client.join()
-            self.assertEqual(server.child.wait(timeout=60), 0)
+            self.assertEqual(server.child.wait(timeout=60), 0, server.log.read_text())
             self.assertEqual(len(texts), 1)
             self.assertEqual(server.lines()[-1]["event"], "stopped")
             self.assertEqual(server.lines()[-1]["aborted_requests"], 0)
