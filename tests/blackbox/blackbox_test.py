@@ -302,6 +302,59 @@ class Ending(unittest.TestCase):
         self.assertIn(server.grpc, second.stderr)
 
 
+class Chatting(unittest.TestCase):
+    """Gemma 3 270M, beside llama.cpp's form of the same chats and its greedy answers (tests/golden/gemma_chat.py)."""
+
+    # Where the golden's first token leads the second by less, rounding may choose: tests/golden/gemma_greedy/README.md.
+    NEAR_TIE = 0.5
+
+    @classmethod
+    def setUpClass(cls):
+        model = subprocess.run(["models/get", "gemma-3-270m"], check=True, text=True, stdout=subprocess.PIPE)
+        cls.server = Server("--model", model.stdout.strip())
+        cls.addClassCleanup(cls.server.kill)
+        with open("tests/golden/gemma_chat/golden.json", encoding="utf-8") as file:
+            cls.chats = json.load(file)["chats"]
+
+    def request(self, chat, max_tokens, **sampling):
+        return inference_pb2.ChatRequest(
+            base=inference_pb2.CompleteRequest(
+                sampling=inference_pb2.SamplingOptions(temperature=0, **sampling),
+                stopping=inference_pb2.StoppingOptions(max_tokens=max_tokens, ignore_eos=not sampling),
+                output=inference_pb2.OutputOptions(return_token_ids=True)),
+            messages=[inference_pb2.ChatMessage(**message) for message in chat["messages"]])
+
+    def test_messages_become_the_references_tokens(self):
+        for chat in self.chats:
+            ids = self.server.inference.Tokenize(inference_pb2.TokenizeRequest(chat=self.request(chat, 1))).token_ids
+            self.assertEqual(list(ids), chat["prompt"])
+
+    def test_answers_are_the_references_up_to_a_near_tie(self):
+        compared = 0
+        for chat in self.chats:
+            answer = self.server.inference.Chat(self.request(chat, len(chat["tokens"])))
+            self.assertEqual(answer.base.usage.prompt_tokens, len(chat["prompt"]))
+            self.assertEqual([m.role for m in answer.messages], ["assistant"])
+            self.assertEqual(answer.messages[0].content, answer.base.choices[0].text)
+            sure = next((i for i, lead in enumerate(chat["leads"]) if lead < self.NEAR_TIE), len(chat["leads"]))
+            self.assertEqual(list(answer.base.choices[0].token_ids)[:sure], chat["tokens"][:sure])
+            compared += sure
+        self.assertGreater(compared, 20)
+
+    def test_a_streamed_answer_is_the_unary_one(self):
+        request = self.request(self.chats[0], 16)
+        whole = self.server.inference.Chat(request)
+        events = list(self.server.inference.StreamChat(inference_pb2.StreamChatRequest(request=request)))
+        self.assertEqual({event.role for event in events}, {"assistant"})
+        self.assertEqual("".join(event.base.delta.text for event in events), whole.messages[0].content)
+
+    def test_the_end_of_a_turn_ends_the_answer(self):
+        end_of_turn = self.chats[0]["prompt"][-5]
+        answer = self.server.inference.Chat(self.request(self.chats[0], 16, logit_bias={end_of_turn: 100}))
+        self.assertEqual(answer.base.choices[0].finish_reason, inference_pb2.FINISH_REASON_STOP)
+        self.assertEqual(answer.messages[0].content, "")
+
+
 class Bench(unittest.TestCase):
     def test_bench_counts_every_ops_time_bytes_and_operations(self):
         run = subprocess.run([os.environ["LONGSPAN"], "bench", "--json", "--repeats", "1", "--tokens", "4",

@@ -51,4 +51,5 @@ def main():
         file.write('{"continuations": [\n' + rows + "\n]}\n")
 
 
-main()
+if __name__ == "__main__":
+    main()
