@@ -21,7 +21,7 @@ class Monitoring(unittest.TestCase):
         begin = time.monotonic()
         # Every counter must move between two scrapes, and the slow job scrapes every 15 s.
         while time.monotonic() - begin < 20:
-            cls.server.client("complete", "--prompt", "Once upon a time there was a king", "--max-tokens", "100")
+            cls.server.client("complete", "--prompt", "Once upon a time there was a king", "--max-tokens", "100", "--ignore-eos")
         cls.server.client("needle", "--lengths", "256,512", "--depths", "2", "--seed", "1", "--no-save")
         stack.wait_for("a needle score in Prometheus", lambda: cls.prometheus.value("count(longspan_needle_score)") == 4, 30)
         scrapes = 'min(count_over_time(longspan_attention_head_span_tokens[5m]))'
