@@ -13,6 +13,10 @@
 namespace longspan {
 namespace {
 
+const char* KindOf(const v1::LayerSpans& layer) {
+  return layer.kind() == v1::LAYER_KIND_FULL ? "full" : "sliding";
+}
+
 struct Column {
   const char* name;
   const char* what;
@@ -42,9 +46,8 @@ void Print(const v1::SpanSnapshot& snapshot, const Column& column, bool colour) 
     std::cout << absl::StreamFormat("  head%-2d ", h);
   std::cout << "\n";
   for (const auto& layer : snapshot.layers()) {
-    const char* kind = layer.kind() == v1::LAYER_KIND_FULL ? "full" : "sliding";
     std::cout << absl::StreamFormat(
-        "%5d  %-7s  %6s  ", layer.layer(), kind,
+        "%5d  %-7s  %6s  ", layer.layer(), KindOf(layer),
         layer.window_tokens() > 0 ? std::to_string(layer.window_tokens()) : "-");
     for (float v : (layer.*column.values)()) {
       const double shade = column.tokens ? std::log1p(v) / std::log1p(highest) : v;
@@ -55,17 +58,49 @@ void Print(const v1::SpanSnapshot& snapshot, const Column& column, bool colour) 
   }
 }
 
+// The heads where `by` is largest, with every column.
+void PrintLargest(const v1::SpanSnapshot& snapshot, const Column& by, int count) {
+  struct Head {
+    const v1::LayerSpans* layer;
+    int head;
+    float value;
+  };
+  std::vector<Head> heads;
+  for (const auto& layer : snapshot.layers()) {
+    const auto& values = (layer.*by.values)();
+    for (int h = 0; h < values.size(); ++h) heads.push_back({&layer, h, values[h]});
+  }
+  std::stable_sort(heads.begin(), heads.end(),
+                   [](const Head& a, const Head& b) { return a.value > b.value; });
+  if (heads.size() > static_cast<size_t>(count)) heads.resize(count);
+  std::cout << "largest \"" << by.name << "\": " << by.what << "; " << snapshot.observed_tokens()
+            << " observed tokens\n\nlayer  kind     head";
+  for (const Column& column : kColumns) std::cout << absl::StreamFormat("  %8s", column.name);
+  std::cout << "\n";
+  for (const Head& head : heads) {
+    std::cout << absl::StreamFormat("%5d  %-7s  %4d", head.layer->layer(), KindOf(*head.layer),
+                                    head.head);
+    for (const Column& column : kColumns) {
+      std::cout << absl::StreamFormat("  %8.*f", column.tokens ? 1 : 3,
+                                      (head.layer->*column.values)()[head.head]);
+    }
+    std::cout << "\n";
+  }
+}
+
 }  // namespace
 
 int RunSpans(int argc, char** argv) {
   std::string server = "127.0.0.1:50051", show = "span", color = "auto";
   bool json = false, watch = false, reset = false;
+  int heads = 0;
   absl::Duration interval = absl::Seconds(2);
   Flags flags("spans", "[flags]", "Shows how far each head of a live server looks.");
   cli::ServerFlag(flags, &server);
   std::vector<std::string> names;
   for (const Column& column : kColumns) names.push_back(column.name);
   flags.Choice("show", &show, names, "what to show");
+  flags.Int("heads", &heads, "only so many heads, those where it is largest; 0 is all", 0);
   flags.Bool("watch", &watch, "go on, with what came since the last picture");
   flags.Duration("interval", &interval, "between two pictures of --watch");
   flags.Bool("json", &json, "everything, as JSON");
@@ -74,6 +109,13 @@ int RunSpans(int argc, char** argv) {
   if (auto exit = flags.Parse(argc, argv); exit.has_value()) return *exit;
   const Column& column = *std::find_if(std::begin(kColumns), std::end(kColumns),
                                        [&](auto& c) { return c.name == show; });
+  const auto show_one = [&](const v1::SpanSnapshot& snapshot, bool colour) {
+    if (heads > 0) {
+      PrintLargest(snapshot, column, heads);
+    } else {
+      Print(snapshot, column, colour);
+    }
+  };
   const bool colour = cli::Colour(color, STDOUT_FILENO);
   auto stub = v1::AttentionService::NewStub(cli::Connect(server));
   grpc::ClientContext context;
@@ -89,7 +131,7 @@ int RunSpans(int argc, char** argv) {
     if (json) {
       std::cout << cli::ToJson(response, true) << "\n";
     } else {
-      Print(response.snapshot(), column, colour);
+      show_one(response.snapshot(), colour);
     }
     return 0;
   }
@@ -104,7 +146,7 @@ int RunSpans(int argc, char** argv) {
       std::cout << cli::ToJson(message, false) << std::endl;
     } else {
       if (colour) std::cout << "\033[H\033[2J";
-      Print(message.snapshot(), column, colour);
+      show_one(message.snapshot(), colour);
       std::cout << std::endl;
     }
   }

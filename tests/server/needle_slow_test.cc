@@ -100,6 +100,17 @@ TEST_F(LiveServer, FindsNeedlesFrom1KTo8KWithTheHeadsOfOneFullLayer) {
     heads.insert(head["head"].get<int>());
   }
   for (const int head : {0, 1, 2, 3, 5}) EXPECT_TRUE(heads.contains(head)) << head;
+  // The same heads stand out by what they copied, which needs no knowledge of the needles.
+  std::istringstream lines(Run("spans --show copy --heads 4").out);
+  std::set<int> copying;
+  for (std::string line; std::getline(lines, line);) {
+    int layer = 0, head = 0;
+    if (std::sscanf(line.c_str(), "%d full %d", &layer, &head) != 2) continue;
+    EXPECT_EQ(layer, 5) << line;
+    copying.insert(head);
+  }
+  EXPECT_EQ(copying.size(), 4u);
+  for (const int head : copying) EXPECT_TRUE(heads.contains(head)) << head;
 }
 
 TEST_F(LiveServer, AnInterruptedRunIsResumedWhereItStopped) {
