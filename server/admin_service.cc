@@ -6,6 +6,7 @@
 #include <chrono>
 
 #include "absl/strings/str_cat.h"
+#include "server/answer.h"
 #include "server/span_proto.h"
 #include "server/status.h"
 #include "server/version.h"
@@ -52,26 +53,24 @@ class ModelServiceImpl final : public v1::ModelService::CallbackService {
   grpc::ServerUnaryReactor* GetModel(grpc::CallbackServerContext* context,
                                      const v1::GetModelRequest* request,
                                      v1::GetModelResponse* response) override {
-    const absl::Status status = CheckModel(request->id(), f_.conversion);
-    if (status.ok()) *response->mutable_model() = Describe(f_);
-    grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
-    reactor->Finish(ToGrpc(status, context));
-    return reactor;
+    return Answer(f_, context, Role::kUser, [&](const Caller&) -> absl::Status {
+      if (absl::Status s = CheckModel(request->id(), f_.conversion); !s.ok()) return s;
+      *response->mutable_model() = Describe(f_);
+      return absl::OkStatus();
+    });
   }
 
   // One model is served, so there is one page.
   grpc::ServerUnaryReactor* ListModels(grpc::CallbackServerContext* context,
                                        const v1::ListModelsRequest* request,
                                        v1::ListModelsResponse* response) override {
-    absl::Status status;
-    if (!request->page_token().empty()) {
-      status = absl::InvalidArgumentError("page_token: is not one that was given out");
-    } else {
+    return Answer(f_, context, Role::kUser, [&](const Caller&) -> absl::Status {
+      if (!request->page_token().empty()) {
+        return absl::InvalidArgumentError("page_token: is not one that was given out");
+      }
       *response->add_items() = Describe(f_);
-    }
-    grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
-    reactor->Finish(ToGrpc(status, context));
-    return reactor;
+      return absl::OkStatus();
+    });
   }
 
  private:
@@ -84,6 +83,10 @@ class DrainCall : public grpc::ServerWriteReactor<v1::DrainResponse> {
   DrainCall(const Frontend& frontend, grpc::CallbackServerContext* context,
             const v1::DrainRequest& request)
       : frontend_(frontend), shutdown_(request.shutdown()) {
+    if (auto caller = frontend.Authenticate(*context, Role::kAdmin); !caller.ok()) {
+      Finish(ToGrpc(caller.status(), context));
+      return;
+    }
     if (request.has_grace()) {
       const absl::Duration grace =
           absl::Seconds(request.grace().seconds()) + absl::Nanoseconds(request.grace().nanos());
@@ -151,31 +154,35 @@ class AdminServiceImpl final : public v1::AdminService::CallbackService {
   grpc::ServerUnaryReactor* GetServerInfo(grpc::CallbackServerContext* context,
                                           const v1::GetServerInfoRequest*,
                                           v1::GetServerInfoResponse* response) override {
-    const EngineOptions& options = f_.engine.options();
-    response->set_version(kVersion);
-    response->set_git_commit(kGitCommit);
-    response->set_instance_id(f_.instance_id);
-    response->set_device(f_.device);
-    response->set_uptime_seconds(absl::ToInt64Seconds(absl::Now() - f_.started));
-    response->set_kv_block_size(options.page_tokens);
-    response->set_total_kv_blocks(TotalBlocks());
-    response->set_max_running_requests(options.limits.max_running);
-    response->set_max_batched_tokens(options.limits.max_batched_tokens);
-    response->set_max_queued_requests(options.limits.max_queued_requests);
-    return Done(context);
+    return Answer(f_, context, Role::kAdmin, [&](const Caller&) {
+      const EngineOptions& options = f_.engine.options();
+      response->set_version(kVersion);
+      response->set_git_commit(kGitCommit);
+      response->set_instance_id(f_.instance_id);
+      response->set_device(f_.device);
+      response->set_uptime_seconds(absl::ToInt64Seconds(absl::Now() - f_.started));
+      response->set_kv_block_size(options.page_tokens);
+      response->set_total_kv_blocks(TotalBlocks());
+      response->set_max_running_requests(options.limits.max_running);
+      response->set_max_batched_tokens(options.limits.max_batched_tokens);
+      response->set_max_queued_requests(options.limits.max_queued_requests);
+      return absl::OkStatus();
+    });
   }
 
   grpc::ServerUnaryReactor* GetLoad(grpc::CallbackServerContext* context, const v1::GetLoadRequest*,
                                     v1::GetLoadResponse* response) override {
-    const EngineStats stats = f_.engine.Stats();
-    response->set_running_requests(stats.running);
-    response->set_queued_requests(stats.queued);
-    response->set_used_kv_blocks(stats.cache.paged_pages_used);
-    response->set_total_kv_blocks(TotalBlocks());
-    response->set_state(stats.draining ? v1::SERVING_STATE_DRAINING : v1::SERVING_STATE_SERVING);
-    response->set_used_cache_bytes(stats.cache.used_bytes);
-    response->set_total_cache_bytes(stats.cache.total_bytes);
-    return Done(context);
+    return Answer(f_, context, Role::kAdmin, [&](const Caller&) {
+      const EngineStats stats = f_.engine.Stats();
+      response->set_running_requests(stats.running);
+      response->set_queued_requests(stats.queued);
+      response->set_used_kv_blocks(stats.cache.paged_pages_used);
+      response->set_total_kv_blocks(TotalBlocks());
+      response->set_state(stats.draining ? v1::SERVING_STATE_DRAINING : v1::SERVING_STATE_SERVING);
+      response->set_used_cache_bytes(stats.cache.used_bytes);
+      response->set_total_cache_bytes(stats.cache.total_bytes);
+      return absl::OkStatus();
+    });
   }
 
   grpc::ServerWriteReactor<v1::DrainResponse>* Drain(grpc::CallbackServerContext* context,
@@ -185,20 +192,17 @@ class AdminServiceImpl final : public v1::AdminService::CallbackService {
 
   grpc::ServerUnaryReactor* Resume(grpc::CallbackServerContext* context, const v1::ResumeRequest*,
                                    v1::ResumeResponse*) override {
-    f_.engine.Resume();
-    f_.set_ready(true);
-    return Done(context);
+    return Answer(f_, context, Role::kAdmin, [&](const Caller&) {
+      f_.engine.Resume();
+      f_.set_ready(true);
+      return absl::OkStatus();
+    });
   }
 
  private:
   uint64_t TotalBlocks() const {
     const CacheUsage usage = f_.engine.Stats().cache;
     return usage.paged_pages_used + usage.paged_pages_free;
-  }
-  static grpc::ServerUnaryReactor* Done(grpc::CallbackServerContext* context) {
-    grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
-    reactor->Finish(grpc::Status::OK);
-    return reactor;
   }
 
   const Frontend& f_;

@@ -10,6 +10,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
+#include "server/answer.h"
 #include "server/span_proto.h"
 #include "server/status.h"
 
@@ -51,7 +52,8 @@ class Watch : public grpc::ServerWriteReactor<v1::WatchAttentionSpansResponse> {
   Watch(const Frontend& frontend, grpc::CallbackServerContext* context,
         const v1::WatchAttentionSpansRequest& request)
       : frontend_(frontend), layers_(LayersOf(request.filter())) {
-    absl::Status status = Check(request.filter(), frontend);
+    absl::Status status = frontend.Authenticate(*context, Role::kUser).status();
+    if (status.ok()) status = Check(request.filter(), frontend);
     if (request.has_interval()) {
       interval_ = absl::Seconds(request.interval().seconds()) +
                   absl::Nanoseconds(request.interval().nanos());
@@ -113,14 +115,12 @@ class AttentionServiceImpl final : public v1::AttentionService::CallbackService 
   grpc::ServerUnaryReactor* GetAttentionSpans(grpc::CallbackServerContext* context,
                                               const v1::GetAttentionSpansRequest* request,
                                               v1::GetAttentionSpansResponse* response) override {
-    grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
-    const absl::Status status = Check(request->filter(), f_);
-    if (status.ok()) {
+    return Answer(f_, context, Role::kUser, [&](const Caller&) -> absl::Status {
+      if (absl::Status s = Check(request->filter(), f_); !s.ok()) return s;
       *response->mutable_snapshot() =
           ToProto(f_.engine.spans().Snapshot(), *f_.conversion.spec, LayersOf(request->filter()));
-    }
-    reactor->Finish(ToGrpc(status, context));
-    return reactor;
+      return absl::OkStatus();
+    });
   }
 
   grpc::ServerWriteReactor<v1::WatchAttentionSpansResponse>* WatchAttentionSpans(
@@ -132,10 +132,10 @@ class AttentionServiceImpl final : public v1::AttentionService::CallbackService 
   grpc::ServerUnaryReactor* ResetAttentionSpans(grpc::CallbackServerContext* context,
                                                 const v1::ResetAttentionSpansRequest*,
                                                 v1::ResetAttentionSpansResponse*) override {
-    f_.engine.spans().Reset();
-    grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
-    reactor->Finish(grpc::Status::OK);
-    return reactor;
+    return Answer(f_, context, Role::kAdmin, [&](const Caller&) {
+      f_.engine.spans().Reset();
+      return absl::OkStatus();
+    });
   }
 
  private:

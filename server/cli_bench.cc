@@ -25,7 +25,8 @@ namespace {
 using nlohmann::ordered_json;
 
 struct BenchOptions {
-  std::string model, server, device = "cpu", kv_dtype = "bf16";
+  cli::Target target;
+  std::string model, device = "cpu", kv_dtype = "bf16";
   std::vector<int64_t> prompts = {128, 512, 2048}, contexts = {32}, batches = {1, 8};
   int tokens = 64, repeats = 3, threads = 0, max_batched_tokens = 512;
   int requests = 64, concurrency = 8;
@@ -424,7 +425,7 @@ double PercentileOf(std::vector<double> values, double share) {
 }
 
 int RunAgainstServer(const BenchOptions& options) {
-  const auto channel = cli::Connect(options.server);
+  const auto channel = cli::Connect(options.target);
   v1::GetModelResponse model;
   grpc::ClientContext context;
   if (const auto status = v1::ModelService::NewStub(channel)->GetModel(&context, {}, &model);
@@ -498,7 +499,8 @@ int RunBench(int argc, char** argv) {
   flags.Choice("kv-dtype", &options.kv_dtype, {"bf16", "f32"}, "type of cached keys and values");
   flags.Bool("ops", &options.ops, "show each op");
   flags.Section("Against a server");
-  flags.String("server", &options.server, "HOST:PORT", "measure this server instead");
+  options.target.server.clear();  // none unless told
+  cli::TargetFlags(flags, &options.target);
   flags.Int("requests", &options.requests, "how many in all", 1);
   flags.Int("concurrency", &options.concurrency, "how many at once", 1, 1024);
   flags.Bool("json", &options.json, "print one JSON object instead");
@@ -518,7 +520,7 @@ int RunBench(int argc, char** argv) {
     std::cerr << "longspan bench: --" << name << " must be numbers from 1 to " << kMost << "\n";
     return 2;
   }
-  return options.server.empty() ? RunOffline(options) : RunAgainstServer(options);
+  return options.target.server.empty() ? RunOffline(options) : RunAgainstServer(options);
 }
 
 }  // namespace longspan

@@ -7,6 +7,8 @@
 #include <cmath>
 #include <cstdlib>
 #include <iostream>
+#include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
@@ -15,14 +17,70 @@
 
 namespace longspan::cli {
 
-void ServerFlag(Flags& flags, std::string* server) {
-  flags.String("server", server, "HOST:PORT", "the server's gRPC address");
+namespace {
+
+// Every call of a channel carries the key. Call credentials would not do: gRPC sends those over TLS
+// only, and a server behind a proxy or on loopback has none.
+class KeySender final : public grpc::experimental::Interceptor {
+ public:
+  explicit KeySender(const std::string& key) : value_("Bearer " + key) {}
+  void Intercept(grpc::experimental::InterceptorBatchMethods* methods) override {
+    using grpc::experimental::InterceptionHookPoints;
+    if (methods->QueryInterceptionHookPoint(InterceptionHookPoints::PRE_SEND_INITIAL_METADATA)) {
+      methods->GetSendInitialMetadata()->insert({"authorization", value_});
+    }
+    methods->Proceed();
+  }
+
+ private:
+  const std::string value_;
+};
+
+class KeySenderFactory final : public grpc::experimental::ClientInterceptorFactoryInterface {
+ public:
+  explicit KeySenderFactory(std::string key) : key_(std::move(key)) {}
+  grpc::experimental::Interceptor* CreateClientInterceptor(
+      grpc::experimental::ClientRpcInfo*) override {
+    return new KeySender(key_);
+  }
+
+ private:
+  const std::string key_;
+};
+
+}  // namespace
+
+void TargetFlags(Flags& flags, Target* target) {
+  flags.String("server", &target->server, "HOST:PORT", "the server's gRPC address");
+  flags.String(
+      "api-key", &target->api_key, "KEY",
+      "for servers that ask for one; better in LONGSPAN_API_KEY, where ps does not show it");
+  flags.Bool("tls", &target->tls.on, "connect over TLS; the --ssl files imply it");
+  flags.String("ssl-ca-certs", &target->tls.ca_certs, "FILE",
+               "who signs the server's certificate; else those whom the system trusts");
+  flags.String("ssl-certfile", &target->tls.certfile, "FILE", "for servers that ask for one");
+  flags.String("ssl-keyfile", &target->tls.keyfile, "FILE", "its private key");
+  flags.String("tls-server-name", &target->tls_server_name, "NAME",
+               "what the server's certificate says, if not the host of --server");
 }
 
-std::shared_ptr<grpc::Channel> Connect(const std::string& server) {
+std::shared_ptr<grpc::Channel> Connect(const Target& target) {
+  auto credentials = CredentialsOf(target.tls);
+  if (!credentials.ok()) {
+    std::cerr << "longspan: " << credentials.status().message() << "\n";
+    std::exit(2);
+  }
   grpc::ChannelArguments arguments;
   arguments.SetMaxReceiveMessageSize(-1);
-  return grpc::CreateCustomChannel(server, grpc::InsecureChannelCredentials(), arguments);
+  if (!target.tls_server_name.empty()) {
+    arguments.SetString(GRPC_SSL_TARGET_NAME_OVERRIDE_ARG, target.tls_server_name);
+  }
+  std::vector<std::unique_ptr<grpc::experimental::ClientInterceptorFactoryInterface>> interceptors;
+  if (!target.api_key.empty()) {
+    interceptors.push_back(std::make_unique<KeySenderFactory>(target.api_key));
+  }
+  return grpc::experimental::CreateCustomChannelWithInterceptors(
+      target.server, *credentials, arguments, std::move(interceptors));
 }
 
 int Fail(const char* command, const grpc::Status& status) {

@@ -7,12 +7,21 @@
 #include <string>
 
 #include "server/flags.h"
+#include "server/tls.h"
 
 namespace longspan::cli {
 
-// Declares --server (and LONGSPAN_SERVER) with the default address.
-void ServerFlag(Flags& flags, std::string* server);
-std::shared_ptr<grpc::Channel> Connect(const std::string& server);
+// Which server, and what it wants to see.
+struct Target {
+  std::string server = "127.0.0.1:50051";
+  std::string api_key;
+  ClientTls tls;
+  std::string tls_server_name;
+};
+// Declares --server (and LONGSPAN_SERVER), --api-key and the --ssl flags.
+void TargetFlags(Flags& flags, Target* target);
+// Exits the process with status 2 where the certificate files are not good.
+std::shared_ptr<grpc::Channel> Connect(const Target& target);
 
 // Prints code, message, and what the details say about fields and reasons, to stderr; returns 1.
 int Fail(const char* command, const grpc::Status& status);

@@ -20,7 +20,8 @@ using cli::Fail;
 using cli::ToJson;
 
 struct Knobs {
-  std::string server = "127.0.0.1:50051", model;
+  cli::Target target;
+  std::string model;
   int max_tokens = 128;
   double temperature = 0.7, top_p = 1, min_p = 0;
   int top_k = 0, n = 1, logprobs = -1;
@@ -29,7 +30,7 @@ struct Knobs {
   bool ignore_eos = false, echo = false, spans = false, stats = false;
 
   void Declare(Flags& flags) {
-    cli::ServerFlag(flags, &server);
+    cli::TargetFlags(flags, &target);
     flags.String("model", &model, "NAME", "which model; empty is the served one");
     flags.Int("max-tokens", &max_tokens, "tokens to generate at most", 1);
     flags.Double("temperature", &temperature, "0 is greedy; higher is more varied");
@@ -156,7 +157,7 @@ int RunComplete(int argc, char** argv) {
   v1::CompleteRequest request;
   request.set_text(*text);
   knobs.Fill(&request);
-  auto stub = v1::InferenceService::NewStub(Connect(knobs.server));
+  auto stub = v1::InferenceService::NewStub(Connect(knobs.target));
   return json || knobs.n > 1 ? CompleteOnce(*stub, request, json)
                              : CompleteStream(*stub, request, jsonl, knobs.stats);
 }
@@ -173,7 +174,7 @@ int RunChat(int argc, char** argv) {
   flags.String("quick", &quick, "TEXT", "ask this once and exit");
   flags.Epilogue("Example:\n  longspan chat --quick 'Name three rivers.' --temperature 0");
   if (auto exit = flags.Parse(argc, argv); exit.has_value()) return *exit;
-  auto stub = v1::InferenceService::NewStub(Connect(knobs.server));
+  auto stub = v1::InferenceService::NewStub(Connect(knobs.target));
   v1::StreamChatRequest request;
   request.set_include_usage(true);
   knobs.Fill(request.mutable_request()->mutable_base());

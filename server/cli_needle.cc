@@ -32,7 +32,8 @@ namespace {
 constexpr int kInterrupted = 130, kBelowMinimum = 3;
 
 struct Options {
-  std::string server = "127.0.0.1:50051", model, run_id, out, color = "auto";
+  cli::Target target;
+  std::string model, run_id, out, color = "auto";
   std::vector<int64_t> lengths = {1024, 2048, 4096, 8192};
   std::string depths = "11", scale = "linear", task = "single", haystack = "essay", haystack_file;
   int trials = 1, keys = 0, values = 0, concurrency = 8, max_tokens = 0, priority = 0, worst = 10;
@@ -49,7 +50,7 @@ std::optional<int> Options::Read(int argc, char** argv) {
       "Hides a fact at every depth of every context length, asks for it, and draws what the "
       "model finds. RULER's single-needle family; the runs go through the server's ordinary "
       "scheduler, beside everyone's requests.");
-  cli::ServerFlag(flags, &server);
+  cli::TargetFlags(flags, &target);
   flags.String("model", &model, "NAME", "which model; empty is the served one");
   flags.Section("The grid");
   flags.Ints("lengths", &lengths, "N,N,...", "context lengths in tokens, the answer included");
@@ -412,7 +413,7 @@ int NeedleClient::Finish() {
 int NeedleClient::Run() {
   if (!Prepare()) return exit_;
   Interrupts interrupts;
-  channel_ = cli::Connect(options_.server);
+  channel_ = cli::Connect(options_.target);
   Header();
   const auto stub = v1::NeedleService::NewStub(channel_);
   if (!Receive(*stub, interrupts)) return interrupted_ ? kInterrupted : exit_ != 0 ? exit_ : 1;

@@ -91,12 +91,13 @@ void PrintLargest(const v1::SpanSnapshot& snapshot, const Column& by, int count)
 }  // namespace
 
 int RunSpans(int argc, char** argv) {
-  std::string server = "127.0.0.1:50051", show = "span", color = "auto";
+  cli::Target target;
+  std::string show = "span", color = "auto";
   bool json = false, watch = false, reset = false;
   int heads = 0;
   absl::Duration interval = absl::Seconds(2);
   Flags flags("spans", "[flags]", "Shows how far each head of a live server looks.");
-  cli::ServerFlag(flags, &server);
+  cli::TargetFlags(flags, &target);
   std::vector<std::string> names;
   for (const Column& column : kColumns) names.push_back(column.name);
   flags.Choice("show", &show, names, "what to show");
@@ -117,7 +118,7 @@ int RunSpans(int argc, char** argv) {
     }
   };
   const bool colour = cli::Colour(color, STDOUT_FILENO);
-  auto stub = v1::AttentionService::NewStub(cli::Connect(server));
+  auto stub = v1::AttentionService::NewStub(cli::Connect(target));
   grpc::ClientContext context;
   if (reset) {
     v1::ResetAttentionSpansResponse response;

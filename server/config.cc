@@ -3,6 +3,7 @@
 #include <filesystem>
 
 #include "absl/status/statusor.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "server/flags.h"
@@ -24,6 +25,18 @@ std::optional<int> ReadConfig(int argc, char** argv, ServerConfig* config) {
   flags.Section("Addresses");
   flags.String("grpc", &c.grpc, "HOST:PORT", "gRPC; port 0 picks a free one");
   flags.String("http", &c.http, "HOST:PORT", "/metrics, /health, /version; empty turns it off");
+  flags.Section("Keys and certificates");
+  flags.String("api-key-file", &c.api_key_file, "FILE",
+               "asks every caller for one of its keys, one a line: KEY [name=NAME] [admin] "
+               "[max-requests=N] [tokens-per-minute=N]; read again when it changes");
+  flags.Bool("insecure", &c.insecure,
+             "listen on addresses that others reach without asking for keys");
+  flags.String("ssl-certfile", &c.tls.certfile, "FILE",
+               "PEM; gRPC over TLS; read again when it changes");
+  flags.String("ssl-keyfile", &c.tls.keyfile, "FILE", "its private key");
+  flags.String("ssl-ca-certs", &c.tls.ca_certs, "FILE", "who signs clients' certificates");
+  flags.Int("ssl-cert-reqs", &c.tls.cert_reqs,
+            "a client's certificate: 0 not asked for, 1 optional, 2 required", 0, 2);
   flags.Section("Scheduling and memory");
   flags.Int(
       "max-batched-tokens", &c.max_batched_tokens,
@@ -48,6 +61,14 @@ std::optional<int> ReadConfig(int argc, char** argv, ServerConfig* config) {
   flags.Bytes("max-message-bytes", &c.max_message_bytes, "largest gRPC message received");
   flags.Bytes("max-prompt-bytes", &c.max_prompt_bytes, "largest prompt text");
   flags.Int("max-concurrent-streams", &c.max_concurrent_streams, "calls on one connection", 1);
+  flags.Bytes("max-header-bytes", &c.max_header_bytes, "metadata of one call");
+  flags.Duration("max-connection-age", &c.max_connection_age,
+                 "an older connection takes no new calls, so that clients that balance by name "
+                 "find new replicas; 5m suits them");
+  flags.Duration("max-connection-age-grace", &c.max_connection_age_grace,
+                 "time for the calls of such a connection to finish");
+  flags.Duration("keepalive-time", &c.keepalive_time,
+                 "a peer that was silent so long is pinged, and let go if it does not answer");
   flags.Duration("stall-timeout", &c.stall_timeout,
                  "a reader that takes nothing is cut off after it");
   flags.Duration("withdrawal-grace", &c.withdrawal_grace,
@@ -61,12 +82,44 @@ std::optional<int> ReadConfig(int argc, char** argv, ServerConfig* config) {
       "Examples:\n"
       "  longspan serve\n"
       "  longspan serve --model models/downloads/gemma-3-270m.gguf --threads 8 --cache-bytes 2G\n"
-      "  LONGSPAN_GRPC=0.0.0.0:50051 longspan serve");
+      "  LONGSPAN_GRPC=0.0.0.0:50051 longspan serve --api-key-file keys.txt");
   if (auto exit = flags.Parse(argc, argv); exit.has_value()) return exit;
   return std::nullopt;
 }
 
+namespace {
+
+// HOST:PORT, or PORT alone for every address.
+bool IsLoopback(absl::string_view address) {
+  if (absl::StartsWith(address, "unix:")) return true;
+  const size_t colon = address.rfind(':');
+  if (colon == absl::string_view::npos) return false;
+  const absl::string_view host = address.substr(0, colon);
+  return host == "localhost" || host == "[::1]" ||
+         (absl::StartsWith(host, "127.") &&
+          host.find_first_not_of("0123456789.") == absl::string_view::npos);
+}
+
+}  // namespace
+
 absl::Status Validate(const ServerConfig& c) {
+  for (const auto& [flag, address] : {std::pair("grpc", c.grpc), {"http", c.http}}) {
+    if (address.empty() || IsLoopback(address) || !c.api_key_file.empty() || c.insecure) continue;
+    return absl::InvalidArgumentError(
+        absl::StrCat("--", flag, " ", address, " is reached from other machines: give ",
+                     "--api-key-file, or --insecure if something in front asks for keys"));
+  }
+  for (const auto& [flag, value] : {std::pair("max-connection-age", c.max_connection_age),
+                                    {"keepalive-time", c.keepalive_time}}) {
+    if (value < absl::Seconds(1)) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("--", flag, " is ", absl::FormatDuration(value), ", must be at least 1s"));
+    }
+  }
+  if (c.max_header_bytes < 1024 || c.max_header_bytes > (1 << 20)) {
+    return absl::InvalidArgumentError(absl::StrCat("--max-header-bytes is ", c.max_header_bytes,
+                                                   ", must be from 1024 to ", 1 << 20));
+  }
   if (c.stall_timeout <= absl::ZeroDuration()) {
     return absl::InvalidArgumentError("--stall-timeout must be more than 0");
   }

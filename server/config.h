@@ -1,6 +1,5 @@
 #pragma once
-// Everything that `serve` can be told, in one struct with its defaults and their reasons. Keys and
-// TLS will be fields here.
+// Everything that `serve` can be told, in one struct with its defaults and their reasons.
 #include <optional>
 #include <string>
 #include <vector>
@@ -9,6 +8,7 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "engine/engine.h"
+#include "server/tls.h"
 
 namespace longspan {
 
@@ -19,9 +19,12 @@ struct ServerConfig {
   std::string grpc =
       "127.0.0.1:50051";  // loopback: nobody else reaches a server that asks for no keys
   std::string http = "127.0.0.1:8000";  // "": no HTTP
-  int threads = 0;                      // 0: one per core that the process may run on
-  std::string kv_dtype = "bf16";        // half of f32's memory; or "f32"
-  int max_batched_tokens = 512;  // a step: long enough to fill a core, short enough to decode
+  std::string api_key_file;             // "": nobody is asked for a key
+  bool insecure = false;                // lets others reach a server that asks for no keys
+  ServerTls tls;
+  int threads = 0;                // 0: one per core that the process may run on
+  std::string kv_dtype = "bf16";  // half of f32's memory; or "f32"
+  int max_batched_tokens = 512;   // a step: long enough to fill a core, short enough to decode
   int max_running = 64;
   int max_queued_requests = 1024;
   int64_t max_queued_tokens = 8 << 20;
@@ -35,10 +38,15 @@ struct ServerConfig {
   // A million packed token ids are 3-4 MB; above 64 MiB, so that a prompt of 64 MiB is still
   // answered by us, with the field's name.
   int64_t max_message_bytes = 65 << 20;
-  int64_t max_prompt_bytes = 8 << 20;  // checked before tokenizing, which takes a second per 8 MiB
-  int max_concurrent_streams = 1024;   // of one connection
-  std::string log_level = "info";      // debug | info | warning | error
-  std::string log_format = "text";     // or "json"
+  int64_t max_prompt_bytes = 8 << 20;   // checked before tokenizing, which takes a second per 8 MiB
+  int max_concurrent_streams = 1024;    // of one connection
+  int64_t max_header_bytes = 16 << 10;  // of one call: a key, a trace and an id fit often
+  // Clients that balance by name look it up again only when they connect anew.
+  absl::Duration max_connection_age = absl::InfiniteDuration();
+  absl::Duration max_connection_age_grace = absl::Minutes(10);  // for calls of an old connection
+  absl::Duration keepalive_time = absl::Minutes(1);        // silence after which a peer is pinged
+  std::string log_level = "info";                          // debug | info | warning | error
+  std::string log_format = "text";                         // or "json"
   absl::Duration stall_timeout = absl::Seconds(30);        // of a reader that takes nothing
   absl::Duration withdrawal_grace = absl::ZeroDuration();  // from "not ready" to refusing requests
   absl::Duration shutdown_timeout = absl::Seconds(45);     // for accepted requests to finish

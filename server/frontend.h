@@ -1,12 +1,16 @@
 #pragma once
 // What every service shares: the engine, the metrics, how requests are converted, whether the
 // server is ready. Lives as long as the server; thread-safe.
+#include <grpcpp/grpcpp.h>
+
 #include <functional>
 #include <memory>
 #include <string>
 
+#include "absl/status/statusor.h"
 #include "absl/time/clock.h"
 #include "engine/engine.h"
+#include "server/access.h"
 #include "server/metrics.h"
 #include "server/request_conversion.h"
 #include "server/stall_watchdog.h"
@@ -17,6 +21,7 @@ struct Frontend {
   Engine& engine;
   Metrics& metrics;
   StallWatchdog& watchdog;
+  Access& access;
   ConversionContext conversion;
   std::string device;
   std::string model_path;
@@ -26,6 +31,9 @@ struct Frontend {
   std::function<void()> request_shutdown;
   std::string instance_id = NewId("ls-");
   absl::Time started = absl::Now();
+
+  // Who calls; the first thing that every method asks.
+  absl::StatusOr<Caller> Authenticate(const grpc::CallbackServerContext& context, Role role) const;
 
   absl::Status Submit(Request request, EventSink sink) const {
     return engine.Submit(std::move(request), metrics.Observe(std::move(sink)));

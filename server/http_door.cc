@@ -10,6 +10,7 @@ namespace longspan {
 
 struct HttpDoor::Impl {
   std::vector<Route> routes;
+  Authenticate authenticate;
   mg_context* context = nullptr;
   int port = 0;
 
@@ -18,33 +19,44 @@ struct HttpDoor::Impl {
   static int Handle(mg_connection* connection, void* data) {
     const auto& self = *static_cast<Impl*>(data);
     const mg_request_info* info = mg_get_request_info(connection);
-    const Page page = self.Answer(info->request_method, info->local_uri);
+    const char* authorization = mg_get_header(connection, "Authorization");
+    const Page page = self.Answer(info->request_method, info->local_uri,
+                                  authorization == nullptr ? "" : authorization);
     const bool head = std::strcmp(info->request_method, "HEAD") == 0;
     const std::string header = absl::StrCat(
         "HTTP/1.1 ", page.status, " ", mg_get_response_code_text(connection, page.status),
         "\r\nContent-Type: ", page.content_type, "\r\nContent-Length: ", page.body.size(),
         page.status == 405 ? "\r\nAllow: GET, HEAD" : "",
+        page.status == 401 ? "\r\nWWW-Authenticate: Bearer" : "",
         "\r\nCache-Control: no-store\r\nConnection: close\r\n\r\n");
     mg_write(connection, header.data(), header.size());
     if (!head) mg_write(connection, page.body.data(), page.body.size());
     return page.status;
   }
 
-  Page Answer(absl::string_view method, absl::string_view path) const {
-    for (const auto& [route, make] : routes) {
-      if (route != path) continue;
+  Page Answer(absl::string_view method, absl::string_view path,
+              absl::string_view authorization) const {
+    for (const Route& route : routes) {
+      if (route.path != path) continue;
       if (method != "GET" && method != "HEAD")
         return {405, "text/plain; charset=utf-8", "GET only\n"};
-      return make();
+      if (!route.open) {
+        if (absl::Status s = authenticate(authorization); !s.ok()) {
+          return {401, "text/plain; charset=utf-8", absl::StrCat(s.message(), "\n")};
+        }
+      }
+      return route.page();
     }
     return {404, "text/plain; charset=utf-8", "no such page\n"};
   }
 };
 
 absl::StatusOr<std::unique_ptr<HttpDoor>> HttpDoor::Open(const std::string& address,
-                                                         std::vector<Route> routes) {
+                                                         std::vector<Route> routes,
+                                                         Authenticate authenticate) {
   auto impl = std::make_unique<Impl>();
   impl->routes = std::move(routes);
+  impl->authenticate = std::move(authenticate);
   // Scrapers and probes only: eight at once are plenty, and a slow one holds a thread for 5 s at
   // most.
   const char* options[] = {"listening_ports",

@@ -4,10 +4,10 @@
 #include <functional>
 #include <memory>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
 
 namespace longspan {
 
@@ -18,11 +18,18 @@ class HttpDoor {
     std::string content_type = "text/plain; charset=utf-8";
     std::string body;
   };
-  using Route = std::pair<std::string, std::function<Page()>>;  // exact path → page
+  struct Route {
+    std::string path;  // exact
+    bool open;         // to those without a key
+    std::function<Page()> page;
+  };
+  // Given the value of Authorization, "" if there is none.
+  using Authenticate = std::function<absl::Status(absl::string_view authorization)>;
 
   // address: "HOST:PORT"; port 0 picks a free one. Unavailable if it cannot be bound.
   static absl::StatusOr<std::unique_ptr<HttpDoor>> Open(const std::string& address,
-                                                        std::vector<Route> routes);
+                                                        std::vector<Route> routes,
+                                                        Authenticate authenticate);
   ~HttpDoor();
   int port() const;
 

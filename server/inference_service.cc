@@ -11,6 +11,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
+#include "server/answer.h"
 #include "server/completion.h"
 #include "server/log.h"
 #include "server/status.h"
@@ -33,6 +34,7 @@ class RequestLog {
  public:
   RequestLog(const grpc::CallbackServerContext& context, const char* method)
       : method_(method), traceparent_(TraceParentOf(context)) {}
+  void SetKey(std::string name) { key_ = std::move(name); }
   void Count(const Event& finished) {
     prompt_tokens_ = finished.prompt_tokens;
     completion_tokens_ = finished.completion_tokens;
@@ -42,6 +44,7 @@ class RequestLog {
     Log(absl::IsInternal(status) ? LogLevel::kError : LogLevel::kInfo, "request ended",
         {{"method", method_},
          {"request_id", id},
+         {"key", key_},
          {"traceparent", traceparent_},
          {"code", absl::StatusCodeToString(status.code())},
          {"message", status.message()},
@@ -52,7 +55,7 @@ class RequestLog {
 
  private:
   const char* method_;
-  std::string traceparent_;
+  std::string traceparent_, key_;
   absl::Time begin_ = absl::Now();
   int prompt_tokens_ = 0, completion_tokens_ = 0;
 };
@@ -87,11 +90,23 @@ class UnaryCall : public grpc::ServerUnaryReactor {
   UnaryCall(const Frontend& frontend, const char* method, grpc::CallbackServerContext* context,
             const RequestMessage& message, ResponseMessage* response)
       : frontend_(frontend), log_(*context, method), context_(context), response_(response) {
+    auto caller = frontend.Authenticate(*context, Role::kUser);
+    if (!caller.ok()) {
+      End(caller.status());
+      return;
+    }
+    log_.SetKey(caller->name());
     auto request = ToRequest(message, frontend.conversion);
     if (!request.ok()) {
       End(request.status());
       return;
     }
+    auto lease = caller->Begin(request->id, static_cast<int64_t>(request->prompt.size()));
+    if (!lease.ok()) {
+      End(lease.status());
+      return;
+    }
+    lease_ = *std::move(lease);
     request->deadline = DeadlineOf(*context);
     context->AddInitialMetadata("x-request-id", request->id);
     id_ = request->id;
@@ -114,12 +129,14 @@ class UnaryCall : public grpc::ServerUnaryReactor {
     if (event.kind == Event::Kind::kFinished) {
       Complete(response_);
       log_.Count(event);
+      lease_.Charge(event.completion_tokens);
       ended_.store(true);
       End(event.status);
     }
   }
   void End(const absl::Status& status) {
     log_.End(id_, status);
+    lease_ = Lease();  // before the client knows, whose next call may follow at once
     Finish(ToGrpc(status, context_));
   }
   void OnCancel() override {
@@ -132,6 +149,7 @@ class UnaryCall : public grpc::ServerUnaryReactor {
   grpc::CallbackServerContext* context_;
   ResponseMessage* response_;
   std::string id_;
+  Lease lease_;
   std::unique_ptr<CompletionBuilder> builder_;
   std::atomic<bool> submitted_{false};
   std::atomic<bool> ended_{false};
@@ -145,11 +163,23 @@ class StreamCall : public grpc::ServerWriteReactor<ResponseMessage> {
   StreamCall(const Frontend& frontend, const char* method, grpc::CallbackServerContext* context,
              const RequestMessage& message)
       : frontend_(frontend), log_(*context, method), context_(context) {
+    auto caller = frontend.Authenticate(*context, Role::kUser);
+    if (!caller.ok()) {
+      Refuse(caller.status());
+      return;
+    }
+    log_.SetKey(caller->name());
     auto request = ToRequest(Inner(message), frontend.conversion);
     if (!request.ok()) {
       Refuse(request.status());
       return;
     }
+    auto lease = caller->Begin(request->id, static_cast<int64_t>(request->prompt.size()));
+    if (!lease.ok()) {
+      Refuse(lease.status());
+      return;
+    }
+    lease_ = *std::move(lease);
     request->deadline = DeadlineOf(*context);
     context->AddInitialMetadata("x-request-id", request->id);
     id_ = request->id;
@@ -188,6 +218,7 @@ class StreamCall : public grpc::ServerWriteReactor<ResponseMessage> {
       if (event.kind == Event::Kind::kFinished) {
         ended_ = true;
         log_.Count(event);
+        lease_.Charge(event.completion_tokens);
         status_ = event.status;
         if (!status_.ok()) outbox_.clear();
       }
@@ -234,6 +265,7 @@ class StreamCall : public grpc::ServerWriteReactor<ResponseMessage> {
       case Action::kFinish: {
         const absl::Status status = stalled_.load() ? Stalled() : status_;
         log_.End(id_, status);
+        lease_ = Lease();  // before the client knows, whose next call may follow at once
         this->Finish(ToGrpc(status, context_));
         return;
       }
@@ -271,6 +303,7 @@ class StreamCall : public grpc::ServerWriteReactor<ResponseMessage> {
   RequestLog log_;
   grpc::CallbackServerContext* context_;
   std::string id_;
+  Lease lease_;
   std::unique_ptr<StreamBuilder> builder_;
   uint64_t stream_ = 0;
   std::atomic<bool> submitted_{false};
@@ -315,7 +348,7 @@ class InferenceServiceImpl final : public v1::InferenceService::CallbackService 
   grpc::ServerUnaryReactor* Tokenize(grpc::CallbackServerContext* context,
                                      const v1::TokenizeRequest* request,
                                      v1::TokenizeResponse* response) override {
-    return Answer(context, "Tokenize", [&]() -> absl::Status {
+    return Logged(context, "Tokenize", [&](const Caller&) -> absl::Status {
       if (absl::Status s = CheckModel(request->model(), f_.conversion); !s.ok()) return s;
       std::vector<int32_t> ids;
       switch (request->input_case()) {
@@ -351,7 +384,7 @@ class InferenceServiceImpl final : public v1::InferenceService::CallbackService 
   grpc::ServerUnaryReactor* Detokenize(grpc::CallbackServerContext* context,
                                        const v1::DetokenizeRequest* request,
                                        v1::DetokenizeResponse* response) override {
-    return Answer(context, "Detokenize", [&]() -> absl::Status {
+    return Logged(context, "Detokenize", [&](const Caller&) -> absl::Status {
       if (absl::Status s = CheckModel(request->model(), f_.conversion); !s.ok()) return s;
       const Tokenizer& tokenizer = *f_.conversion.tokenizer;
       std::vector<int32_t> ids;
@@ -370,9 +403,9 @@ class InferenceServiceImpl final : public v1::InferenceService::CallbackService 
   grpc::ServerUnaryReactor* Abort(grpc::CallbackServerContext* context,
                                   const v1::AbortRequest* request,
                                   v1::AbortResponse* response) override {
-    return Answer(context, "Abort", [&]() -> absl::Status {
+    return Logged(context, "Abort", [&](const Caller& caller) {
       for (const std::string& id : request->request_ids()) {
-        if (f_.engine.Cancel(id)) response->add_aborted_request_ids(id);
+        if (caller.MayAbort(id) && f_.engine.Cancel(id)) response->add_aborted_request_ids(id);
       }
       return absl::OkStatus();
     });
@@ -380,14 +413,15 @@ class InferenceServiceImpl final : public v1::InferenceService::CallbackService 
 
  private:
   template <class Body>
-  grpc::ServerUnaryReactor* Answer(grpc::CallbackServerContext* context, const char* method,
+  grpc::ServerUnaryReactor* Logged(grpc::CallbackServerContext* context, const char* method,
                                    const Body& body) {
-    grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
-    const RequestLog log(*context, method);
-    const absl::Status status = body();
-    log.End("", status);
-    reactor->Finish(ToGrpc(status, context));
-    return reactor;
+    RequestLog log(*context, method);
+    return Answer(f_, context, Role::kUser, [&](const Caller& caller) {
+      log.SetKey(caller.name());
+      const absl::Status status = body(caller);
+      log.End("", status);
+      return status;
+    });
   }
 
   const Frontend& f_;

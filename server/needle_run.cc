@@ -17,9 +17,10 @@ namespace {
 constexpr absl::Duration kFirstRetry = absl::Milliseconds(20);
 constexpr absl::Duration kLongestRetry = absl::Seconds(1);
 
-bool QueueIsFull(const absl::Status& status) {
+// The engine's queue is full, or the key has what it may for now.
+bool PassesByWaiting(const absl::Status& status) {
   const auto reason = status.GetPayload(kErrorReason);
-  return reason.has_value() && *reason == "QUEUE_FULL";
+  return reason.has_value() && (*reason == "QUEUE_FULL" || *reason == "KEY_LIMIT");
 }
 
 // Head masses of every layer, if asked for, and the largest of all.
@@ -39,10 +40,11 @@ void SetMass(const std::vector<std::vector<float>>& mass, const ModelSpec& spec,
 
 }  // namespace
 
-NeedleRun::NeedleRun(const Frontend& frontend, v1::RunNeedleRequest request,
+NeedleRun::NeedleRun(const Frontend& frontend, Caller caller, v1::RunNeedleRequest request,
                      std::shared_ptr<const NeedlePrompter> prompter, OnScore on_score,
                      OnMass on_mass)
     : frontend_(frontend),
+      caller_(std::move(caller)),
       request_(std::move(request)),
       prompter_(std::move(prompter)),
       on_score_(std::move(on_score)),
@@ -168,7 +170,7 @@ v1::NeedleCell NeedleRun::CellOf(const v1::NeedleCellKey& key) const {
   return cell;
 }
 
-// Brings one cell into the engine, waiting while its queue is full. False when the run is to end.
+// Brings one cell into the engine, waiting where that helps. False when the run is to end.
 bool NeedleRun::Submit(const v1::NeedleCellKey& key) {
   v1::NeedleCell cell = CellOf(key);
   absl::StatusOr<NeedlePrompt> prompt = prompter_->Build(SpecOf(request_, key));
@@ -189,7 +191,7 @@ bool NeedleRun::Submit(const v1::NeedleCellKey& key) {
       refused_ = true;
       return false;
     }
-    if (!QueueIsFull(status)) {
+    if (!PassesByWaiting(status)) {
       cell.set_error(absl::StrCat(absl::StatusCodeToString(status.code()), ": ", status.message()));
       Record(std::move(cell), "");
       return true;
@@ -210,11 +212,18 @@ absl::Status NeedleRun::SubmitOnce(const v1::NeedleCell& cell, const NeedlePromp
     if (cancelled_) return absl::OkStatus();
     in_flight_.insert(id);
   }
+  auto lease = caller_.Begin(id, static_cast<int64_t>(request->prompt.size()));
+  if (!lease.ok()) {
+    absl::MutexLock lock(&mu_);
+    in_flight_.erase(id);
+    return lease.status();
+  }
   const absl::Time begin = absl::Now();
   auto sink = [self = shared_from_this(), cell = v1::NeedleCell(cell), expected = prompt.expected,
-               id, begin, answer = std::string()](Event event) mutable {
+               lease = *std::move(lease), id, begin, answer = std::string()](Event event) mutable {
     if (event.kind == Event::Kind::kDelta) answer += event.text;
     if (event.kind != Event::Kind::kFinished) return;
+    lease.Charge(event.completion_tokens);
     if (event.status.ok()) {
       cell.set_score(static_cast<float>(ScoreAnswer(answer, expected)));
       cell.set_ttft_seconds(absl::ToDoubleSeconds(event.timings.time_to_first_token));
@@ -227,6 +236,7 @@ absl::Status NeedleRun::SubmitOnce(const v1::NeedleCell& cell, const NeedlePromp
     }
     cell.set_answer(answer);
     cell.set_total_seconds(absl::ToDoubleSeconds(absl::Now() - begin));
+    lease = Lease();  // before the next cell asks for a place
     self->Record(std::move(cell), id);
   };
   const absl::Status status = frontend_.Submit(*std::move(request), std::move(sink));

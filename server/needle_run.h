@@ -29,8 +29,9 @@ class NeedleRun : public std::enable_shared_from_this<NeedleRun> {
   // is out of every window's reach (needle_report.h has the rule).
   using OnMass = std::function<void(std::vector<double> mean)>;
 
-  // `request` is complete (needle_request.h) and has a run_id.
-  NeedleRun(const Frontend& frontend, v1::RunNeedleRequest request,
+  // `request` is complete (needle_request.h) and has a run_id. Each cell is a request of `caller`,
+  // whose limits the run waits for.
+  NeedleRun(const Frontend& frontend, Caller caller, v1::RunNeedleRequest request,
             std::shared_ptr<const NeedlePrompter> prompter, OnScore on_score, OnMass on_mass);
   ~NeedleRun();
 
@@ -45,6 +46,7 @@ class NeedleRun : public std::enable_shared_from_this<NeedleRun> {
   std::optional<v1::RunNeedleResponse> EventAt(size_t i) const;
   bool EndsAt(size_t i) const;  // finished, and the log has no event i
 
+  const Caller& caller() const { return caller_; }
   const v1::RunNeedleRequest& request() const { return request_; }
   const std::string& id() const { return request_.run_id(); }
   size_t cells() const { return cells_.size(); }
@@ -69,6 +71,7 @@ class NeedleRun : public std::enable_shared_from_this<NeedleRun> {
   void AppendLocked(v1::RunNeedleResponse event) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
   const Frontend& frontend_;
+  const Caller caller_;
   const v1::RunNeedleRequest request_;
   const std::shared_ptr<const NeedlePrompter> prompter_;
   const OnScore on_score_;

@@ -10,6 +10,7 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
+#include "server/answer.h"
 #include "server/config.h"
 #include "server/needle_request.h"
 #include "server/needle_run.h"
@@ -50,14 +51,14 @@ class NeedleRuns {
 
   // The known run of that id, or a new one that has not been started; *created tells which.
   absl::StatusOr<std::shared_ptr<NeedleRun>> FindOrCreate(const v1::RunNeedleRequest& request,
-                                                          bool* created) {
+                                                          const Caller& caller, bool* created) {
     *created = false;
     if (!request.run_id().empty() && request.context_lengths().empty())
-      return Find(request.run_id());
+      return Find(request.run_id(), caller);
     auto completed = CompleteNeedleRequest(request, frontend_.conversion);
     if (!completed.ok()) return completed.status();
     if (!completed->run_id().empty()) {
-      if (auto known = Find(completed->run_id()); known.ok()) {
+      if (auto known = Find(completed->run_id(), caller); known.ok()) {
         if (SameGrid((*known)->request(), *completed)) return known;
         return absl::FailedPreconditionError(
             absl::StrCat("run_id: run '", completed->run_id(),
@@ -71,21 +72,26 @@ class NeedleRuns {
     if (absl::Status s = CheckLengths(*completed, **prompter); !s.ok()) return s;
     *created = true;
     return Add(std::make_shared<NeedleRun>(
-        frontend_, *std::move(completed), *std::move(prompter),
+        frontend_, caller, *std::move(completed), *std::move(prompter),
         [this](int length, double depth, double score) { Publish(length, depth, score); },
         [this](std::vector<double> mean) { frontend_.metrics.SetNeedleMass(std::move(mean)); }));
   }
 
-  absl::StatusOr<std::shared_ptr<NeedleRun>> Find(const std::string& id) const {
+  // NotFound for another key's run as for none.
+  absl::StatusOr<std::shared_ptr<NeedleRun>> Find(const std::string& id,
+                                                  const Caller& caller) const {
     absl::MutexLock lock(&mu_);
     for (const auto& [serial, run] : runs_) {
-      if (run->id() == id) return run;
+      if (run->id() == id && caller.MaySee(run->caller())) return run;
     }
     return absl::NotFoundError(absl::StrCat("run_id: run '", id, "' is not known"));
   }
 
   // Oldest first, from `token` on.
-  absl::Status List(uint32_t size, const std::string& token, v1::ListNeedleRunsResponse* response) {
+  absl::Status List(const v1::ListNeedleRunsRequest& request, const Caller& caller,
+                    v1::ListNeedleRunsResponse* response) {
+    const std::string& token = request.page_token();
+    uint32_t size = request.page_size();
     uint64_t first = 0;
     if (!token.empty() && !absl::SimpleAtoi(token, &first)) {
       return absl::InvalidArgumentError(
@@ -98,6 +104,7 @@ class NeedleRuns {
     if (size == 0) size = kDefaultPage;
     absl::MutexLock lock(&mu_);
     for (auto it = runs_.lower_bound(first); it != runs_.end(); ++it) {
+      if (!caller.MaySee(it->second->caller())) continue;
       if (static_cast<uint32_t>(response->items_size()) == size) {
         response->set_next_page_token(absl::StrCat(it->first));
         break;
@@ -286,8 +293,13 @@ class NeedleServiceImpl final : public v1::NeedleService::CallbackService {
   grpc::ServerWriteReactor<v1::RunNeedleResponse>* RunNeedle(
       grpc::CallbackServerContext* context, const v1::RunNeedleRequest* request) override {
     const auto call = std::make_shared<WatchCall>(f_, context);
+    const auto caller = f_.Authenticate(*context, Role::kUser);
+    if (!caller.ok()) {
+      call->Refuse(caller.status());
+      return call.get();
+    }
     bool created = false;
-    auto run = runs_.FindOrCreate(*request, &created);
+    auto run = runs_.FindOrCreate(*request, *caller, &created);
     if (!run.ok()) {
       call->Refuse(run.status());
       return call.get();
@@ -300,38 +312,36 @@ class NeedleServiceImpl final : public v1::NeedleService::CallbackService {
   grpc::ServerUnaryReactor* GetNeedleRun(grpc::CallbackServerContext* context,
                                          const v1::GetNeedleRunRequest* request,
                                          v1::GetNeedleRunResponse* response) override {
-    auto run = runs_.Find(request->run_id());
-    if (run.ok()) *response->mutable_run() = (*run)->Snapshot(/*with_cells=*/true);
-    return Answer(context, run.status());
+    return Answer(f_, context, Role::kUser, [&](const Caller& caller) {
+      auto run = runs_.Find(request->run_id(), caller);
+      if (run.ok()) *response->mutable_run() = (*run)->Snapshot(/*with_cells=*/true);
+      return run.status();
+    });
   }
 
   grpc::ServerUnaryReactor* ListNeedleRuns(grpc::CallbackServerContext* context,
                                            const v1::ListNeedleRunsRequest* request,
                                            v1::ListNeedleRunsResponse* response) override {
-    return Answer(context, runs_.List(request->page_size(), request->page_token(), response));
+    return Answer(f_, context, Role::kUser,
+                  [&](const Caller& caller) { return runs_.List(*request, caller, response); });
   }
 
   grpc::ServerUnaryReactor* CancelNeedleRun(grpc::CallbackServerContext* context,
                                             const v1::CancelNeedleRunRequest* request,
                                             v1::CancelNeedleRunResponse* response) override {
-    auto run = runs_.Find(request->run_id());
-    if (run.ok()) {
-      const bool was_finished = (*run)->finished();
-      (*run)->Cancel();
-      response->set_state(was_finished ? (*run)->Snapshot(false).summary().state()
-                                       : v1::NEEDLE_RUN_STATE_CANCELLED);
-    }
-    return Answer(context, run.status());
+    return Answer(f_, context, Role::kUser, [&](const Caller& caller) {
+      auto run = runs_.Find(request->run_id(), caller);
+      if (run.ok()) {
+        const bool was_finished = (*run)->finished();
+        (*run)->Cancel();
+        response->set_state(was_finished ? (*run)->Snapshot(false).summary().state()
+                                         : v1::NEEDLE_RUN_STATE_CANCELLED);
+      }
+      return run.status();
+    });
   }
 
  private:
-  grpc::ServerUnaryReactor* Answer(grpc::CallbackServerContext* context,
-                                   const absl::Status& status) {
-    grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
-    reactor->Finish(ToGrpc(status, context));
-    return reactor;
-  }
-
   const Frontend& f_;
   NeedleRuns runs_;
 };

@@ -2,13 +2,17 @@
 
 #include <google/protobuf/descriptor.h>
 #include <google/protobuf/stubs/logging.h>
+#include <grpc/grpc.h>
+#include <grpcpp/grpcpp.h>
 
+#include <map>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "absl/container/flat_hash_set.h"
 #include "absl/status/status.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_replace.h"
 #include "absl/strings/strip.h"
@@ -66,11 +70,20 @@ grpc::Status Unparsable(absl::string_view method) {
 
 class RpcInterceptor final : public grpc::experimental::Interceptor {
  public:
-  RpcInterceptor(Metrics& metrics, absl::string_view method)
-      : metrics_(metrics), method_(absl::StripPrefix(method, "/")) {}
+  // context: of a service that asks for no key itself, or nullptr.
+  RpcInterceptor(Metrics& metrics, Access& access, absl::string_view method,
+                 grpc::ServerContext* context)
+      : metrics_(metrics),
+        access_(access),
+        method_(absl::StripPrefix(method, "/")),
+        context_(context) {}
 
   void Intercept(grpc::experimental::InterceptorBatchMethods* methods) override {
     using grpc::experimental::InterceptionHookPoints;
+    if (context_ != nullptr &&
+        methods->QueryInterceptionHookPoint(InterceptionHookPoints::POST_RECV_INITIAL_METADATA)) {
+      Authenticate(*methods->GetRecvInitialMetadata());
+    }
     if (methods->QueryInterceptionHookPoint(InterceptionHookPoints::PRE_SEND_STATUS)) {
       grpc::Status status = methods->GetSendStatus();
       // No handler of ours answers this; gRPC does when a request did not parse.
@@ -78,34 +91,59 @@ class RpcInterceptor final : public grpc::experimental::Interceptor {
         status = Unparsable(method_);
         methods->ModifySendStatus(status);
       }
+      if (!caller_.ok()) status = ToGrpc(caller_);  // sent already
       metrics_.CountRpc(method_, CodeName(status));
     }
     methods->Proceed();
   }
 
  private:
+  // The handler runs all the same; its call has ended before, and nobody hears what it says.
+  void Authenticate(const std::multimap<grpc::string_ref, grpc::string_ref>& metadata) {
+    const auto found = metadata.find("authorization");
+    const absl::string_view authorization =
+        found == metadata.end() ? ""
+                                : absl::string_view(found->second.data(), found->second.size());
+    caller_ = access_.Authenticate(authorization, Role::kUser).status();
+    if (caller_.ok()) return;
+    grpc_call_cancel_with_status(context_->c_call(), GRPC_STATUS_UNAUTHENTICATED,
+                                 std::string(caller_.message()).c_str(), nullptr);
+  }
+
   Metrics& metrics_;
+  Access& access_;
   const std::string method_;
+  grpc::ServerContext* const context_;
+  absl::Status caller_;
 };
+
+bool AsksForItself(absl::string_view method) {
+  return absl::StartsWith(method, "/longspan.v1.") || absl::StartsWith(method, "/grpc.health.v1.");
+}
 
 class RpcInterceptorFactory final : public grpc::experimental::ServerInterceptorFactoryInterface {
  public:
-  explicit RpcInterceptorFactory(Metrics& metrics) : metrics_(metrics) {}
+  RpcInterceptorFactory(Metrics& metrics, Access& access) : metrics_(metrics), access_(access) {}
   grpc::experimental::Interceptor* CreateServerInterceptor(
       grpc::experimental::ServerRpcInfo* info) override {
-    return new RpcInterceptor(metrics_, info->method());
+    // Reflection is a service of the synchronous API, which has this context.
+    auto* context = AsksForItself(info->method())
+                        ? nullptr
+                        : static_cast<grpc::ServerContext*>(info->server_context());
+    return new RpcInterceptor(metrics_, access_, info->method(), context);
   }
 
  private:
   Metrics& metrics_;
+  Access& access_;
 };
 
 }  // namespace
 
 std::unique_ptr<grpc::experimental::ServerInterceptorFactoryInterface> MakeRpcInterceptor(
-    Metrics& metrics) {
+    Metrics& metrics, Access& access) {
   google::protobuf::SetLogHandler(KeepComplaint);
-  return std::make_unique<RpcInterceptorFactory>(metrics);
+  return std::make_unique<RpcInterceptorFactory>(metrics, access);
 }
 
 }  // namespace longspan

@@ -4,6 +4,8 @@
 #include <grpcpp/grpcpp.h>
 #include <grpcpp/health_check_service_interface.h>
 
+#include <algorithm>
+#include <climits>
 #include <filesystem>
 #include <vector>
 
@@ -25,12 +27,18 @@ namespace {
 
 constexpr char kReadyService[] = "longspan.v1.InferenceService";
 
+// As a channel argument; gRPC reads INT_MAX as "for ever".
+int Milliseconds(absl::Duration duration) {
+  return static_cast<int>(std::min<int64_t>(absl::ToInt64Milliseconds(duration), INT_MAX));
+}
+
 }  // namespace
 
 struct Server::Impl {
   ServerConfig config;
   std::unique_ptr<Backend> backend;
   LoadedModel model;
+  std::unique_ptr<Access> access;
   std::unique_ptr<Metrics> metrics;
   std::unique_ptr<Engine> engine;
   std::unique_ptr<StallWatchdog> watchdog;
@@ -52,6 +60,11 @@ struct Server::Impl {
 };
 
 absl::Status Server::Impl::Load(const std::function<void()>& request_shutdown) {
+  auto keys = Access::Open(config.api_key_file);
+  if (!keys.ok()) {
+    return absl::InvalidArgumentError(absl::StrCat("--api-key-file: ", keys.status().message()));
+  }
+  access = *std::move(keys);
   if (config.model.empty()) {
     auto path = DefaultModelPath();
     if (!path.ok()) return path.status();
@@ -100,14 +113,16 @@ absl::Status Server::Impl::Listen(std::function<void()> request_shutdown) {
   conversion.max_context = engine->options().max_context;
   conversion.model_names = config.names;
   conversion.max_prompt_bytes = config.max_prompt_bytes;
-  frontend.reset(new Frontend{*engine, *metrics, *watchdog, std::move(conversion), backend->name(),
-                              config.model, [this](bool value) { SetReady(value); },
-                              std::move(request_shutdown)});
+  frontend.reset(new Frontend{
+      *engine, *metrics, *watchdog, *access, std::move(conversion), backend->name(), config.model,
+      [this](bool value) { SetReady(value); }, std::move(request_shutdown)});
 
   grpc::EnableDefaultHealthCheckService(true);
   grpc::reflection::InitProtoReflectionServerBuilderPlugin();
   grpc::ServerBuilder builder;
-  builder.AddListeningPort(config.grpc, grpc::InsecureServerCredentials(), &grpc_port);
+  auto credentials = CredentialsOf(config.tls);
+  if (!credentials.ok()) return credentials.status();
+  builder.AddListeningPort(config.grpc, *credentials, &grpc_port);
   builder.SetMaxReceiveMessageSize(static_cast<int>(config.max_message_bytes));
   builder.SetMaxSendMessageSize(-1);
   builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, config.max_concurrent_streams);
@@ -115,6 +130,12 @@ absl::Status Server::Impl::Listen(std::function<void()> request_shutdown) {
   // Without these a client that pings every 30 s is sent away (ENHANCE_YOUR_CALM).
   builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
   builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, 10000);
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, Milliseconds(config.keepalive_time));
+  builder.AddChannelArgument(GRPC_ARG_MAX_METADATA_SIZE, static_cast<int>(config.max_header_bytes));
+  builder.AddChannelArgument(GRPC_ARG_MAX_CONNECTION_AGE_MS,
+                             Milliseconds(config.max_connection_age));
+  builder.AddChannelArgument(GRPC_ARG_MAX_CONNECTION_AGE_GRACE_MS,
+                             Milliseconds(config.max_connection_age_grace));
   services.push_back(MakeInferenceService(*frontend));
   services.push_back(MakeAttentionService(*frontend));
   services.push_back(MakeNeedleService(*frontend));
@@ -122,14 +143,16 @@ absl::Status Server::Impl::Listen(std::function<void()> request_shutdown) {
   services.push_back(MakeAdminService(*frontend));
   for (const auto& service : services) builder.RegisterService(service.get());
   std::vector<std::unique_ptr<grpc::experimental::ServerInterceptorFactoryInterface>> interceptors;
-  interceptors.push_back(MakeRpcInterceptor(*metrics));
+  interceptors.push_back(MakeRpcInterceptor(*metrics, *access));
   builder.experimental().SetInterceptorCreators(std::move(interceptors));
   grpc = builder.BuildAndStart();
   if (grpc == nullptr || grpc_port == 0) {
     return absl::UnavailableError(absl::StrCat("cannot listen for gRPC on ", config.grpc));
   }
   if (!config.http.empty()) {
-    auto opened = HttpDoor::Open(config.http, Routes());
+    auto opened = HttpDoor::Open(config.http, Routes(), [this](absl::string_view key) {
+      return access->Authenticate(key, Role::kUser).status();
+    });
     if (!opened.ok()) return opened.status();
     http = *std::move(opened);
   }
@@ -140,21 +163,21 @@ absl::Status Server::Impl::Listen(std::function<void()> request_shutdown) {
 std::vector<HttpDoor::Route> Server::Impl::Routes() {
   static constexpr char kExposition[] = "text/plain; version=0.0.4; charset=utf-8";
   return {
-      {"/metrics",
+      {"/metrics", /*open=*/false,
        [this] {
          return HttpDoor::Page{200, kExposition, metrics->Page()};
        }},
-      {"/metrics/attention",
+      {"/metrics/attention", /*open=*/false,
        [this] {
          return HttpDoor::Page{200, kExposition, metrics->AttentionPage()};
        }},
-      {"/health",
+      {"/health", /*open=*/true,
        [this] {
          const bool up = ready && !engine->Stats().draining;
          return HttpDoor::Page{up ? 200 : 503, "text/plain; charset=utf-8",
                                up ? "ready\n" : "draining\n"};
        }},
-      {"/version",
+      {"/version", /*open=*/false,
        [] {
          return HttpDoor::Page{
              200, "application/json",

@@ -1,8 +1,11 @@
 #include "server/status.h"
 
+#include <optional>
 #include <string>
 
 #include "absl/strings/ascii.h"
+#include "absl/strings/cord.h"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "engine/request.h"
 #include "google/rpc/error_details.pb.h"
@@ -35,9 +38,19 @@ std::string FieldOf(absl::string_view message) {
   return std::string(message.substr(0, colon));
 }
 
-bool QueueFull(const absl::Status& status) {
+constexpr char kRetryMs[] = "longspan/retry-ms";
+
+// When to come again; nullopt where waiting does not help, or for how long is not known.
+std::optional<int64_t> RetryMilliseconds(const absl::Status& status) {
+  int64_t after = 0;
+  if (const auto told = status.GetPayload(kRetryMs); told.has_value()) {
+    if (absl::SimpleAtoi(std::string(*told), &after)) return after;
+  }
   const auto reason = status.GetPayload(kErrorReason);
-  return reason.has_value() && *reason == "QUEUE_FULL";
+  if (reason.has_value() && (*reason == "QUEUE_FULL" || *reason == "KEY_LIMIT")) {
+    return kRetryMilliseconds;
+  }
+  return std::nullopt;
 }
 
 }  // namespace
@@ -64,6 +77,12 @@ const char* CodeName(const grpc::Status& status) {
   return code >= 0 && code < 17 ? kNames[code] : "UNKNOWN";
 }
 
+absl::Status WithRetry(absl::Status status, absl::Duration after) {
+  const int64_t ms = absl::ToInt64Milliseconds(absl::Ceil(after, absl::Milliseconds(1)));
+  status.SetPayload(kRetryMs, absl::Cord(absl::StrCat(ms)));
+  return status;
+}
+
 grpc::Status ToGrpc(const absl::Status& status) {
   if (status.ok()) return grpc::Status::OK;
   const std::string message = Bounded(status.message());
@@ -86,9 +105,10 @@ grpc::Status ToGrpc(const absl::Status& status) {
     info.set_domain("longspan");
     details.add_details()->PackFrom(info);
   }
-  if (QueueFull(status)) {
+  if (const auto after = RetryMilliseconds(status); after.has_value()) {
     google::rpc::RetryInfo retry;
-    retry.mutable_retry_delay()->set_nanos(kRetryMilliseconds * 1'000'000);
+    retry.mutable_retry_delay()->set_seconds(*after / 1000);
+    retry.mutable_retry_delay()->set_nanos(static_cast<int32_t>(*after % 1000 * 1'000'000));
     details.add_details()->PackFrom(retry);
   }
   return grpc::Status(static_cast<grpc::StatusCode>(status.code()), message,
@@ -96,8 +116,8 @@ grpc::Status ToGrpc(const absl::Status& status) {
 }
 
 grpc::Status ToGrpc(const absl::Status& status, grpc::CallbackServerContext* context) {
-  if (QueueFull(status)) {
-    context->AddTrailingMetadata("grpc-retry-pushback-ms", absl::StrCat(kRetryMilliseconds));
+  if (const auto after = RetryMilliseconds(status); after.has_value()) {
+    context->AddTrailingMetadata("grpc-retry-pushback-ms", absl::StrCat(*after));
   }
   return ToGrpc(status);
 }

@@ -158,7 +158,7 @@ class Rendered(unittest.TestCase):
         flags = {"LONGSPAN_" + flag.upper().replace("-", "_") for flag in re.findall(r"^  --([a-z-]+)", help_text, re.M)}
         for place in self.rendered:
             used = {entry["name"] for entry in self.container(place)["env"]}
-            self.assertLessEqual(used - {"LONGSPAN_INSECURE"}, flags, place)
+            self.assertLessEqual(used, flags, place)
 
     # Server::DrainAndStop gives cancelled requests 5 s and ~Server open connections 2 s.
     def test_a_pod_is_killed_only_after_the_server_has_had_its_time(self):

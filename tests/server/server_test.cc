@@ -705,7 +705,8 @@ TEST(ServerLife, SaysWhatItCannotStartWith) {
   EXPECT_THAT(Refusal([](auto& c) { c.device = "tpu"; }), HasSubstr("--device is 'tpu'"));
   EXPECT_THAT(Refusal([](auto& c) { c.device = "cuda:x"; }), HasSubstr("cuda:x"));
   EXPECT_THAT(Refusal([](auto& c) { c.cache_bytes = 1; }), HasSubstr("1"));
-  EXPECT_THAT(Refusal([](auto& c) { c.grpc = "256.0.0.1:1"; }), HasSubstr("256.0.0.1:1"));
+  EXPECT_THAT(Refusal([](auto& c) { c.grpc = "256.0.0.1:1", c.insecure = true; }),
+              HasSubstr("256.0.0.1:1"));
 }
 
 TEST(ServerLife, AttentionOffComputesAndShowsNone) {
