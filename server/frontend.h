@@ -23,6 +23,7 @@ struct Frontend {
   StallWatchdog& watchdog;
   Access& access;
   ConversionContext conversion;
+  int64_t max_header_bytes;
   std::string device;
   std::string model_path;
   // Tells health checks whether new requests are welcome; nothing is refused by it.
@@ -32,7 +33,8 @@ struct Frontend {
   std::string instance_id = NewId("ls-");
   absl::Time started = absl::Now();
 
-  // Who calls; the first thing that every method asks.
+  // Who calls; the first thing that every method asks. ResourceExhausted for headers beyond the
+  // limit.
   absl::StatusOr<Caller> Authenticate(const grpc::CallbackServerContext& context, Role role) const;
 
   absl::Status Submit(Request request, EventSink sink) const {

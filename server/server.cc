@@ -113,9 +113,10 @@ absl::Status Server::Impl::Listen(std::function<void()> request_shutdown) {
   conversion.max_context = engine->options().max_context;
   conversion.model_names = config.names;
   conversion.max_prompt_bytes = config.max_prompt_bytes;
-  frontend.reset(new Frontend{
-      *engine, *metrics, *watchdog, *access, std::move(conversion), backend->name(), config.model,
-      [this](bool value) { SetReady(value); }, std::move(request_shutdown)});
+  frontend.reset(new Frontend{*engine, *metrics, *watchdog, *access, std::move(conversion),
+                              config.max_header_bytes, backend->name(), config.model,
+                              [this](bool value) { SetReady(value); },
+                              std::move(request_shutdown)});
 
   grpc::EnableDefaultHealthCheckService(true);
   grpc::reflection::InitProtoReflectionServerBuilderPlugin();
@@ -131,7 +132,9 @@ absl::Status Server::Impl::Listen(std::function<void()> request_shutdown) {
   builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
   builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, 10000);
   builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, Milliseconds(config.keepalive_time));
-  builder.AddChannelArgument(GRPC_ARG_MAX_METADATA_SIZE, static_cast<int>(config.max_header_bytes));
+  // Frontend::Authenticate tells the numbers; what gRPC refuses before has none.
+  builder.AddChannelArgument(GRPC_ARG_MAX_METADATA_SIZE,
+                             2 * static_cast<int>(config.max_header_bytes));
   builder.AddChannelArgument(GRPC_ARG_MAX_CONNECTION_AGE_MS,
                              Milliseconds(config.max_connection_age));
   builder.AddChannelArgument(GRPC_ARG_MAX_CONNECTION_AGE_GRACE_MS,
