@@ -1,6 +1,6 @@
 #pragma once
-// The HTTP door: /metrics, /metrics/attention, /health, /version. Read-only; a fixed number of
-// threads; no files are served.
+// The HTTP door: /metrics and its like, /health, /version. Read-only; a fixed number of threads; no
+// files are served; long pages are gzipped for those who take that.
 #include <functional>
 #include <memory>
 #include <string>

@@ -1,6 +1,7 @@
 #include "server/metric_page.h"
 
 #include <algorithm>
+#include <charconv>
 #include <cmath>
 #include <limits>
 #include <map>
@@ -12,43 +13,90 @@
 
 namespace longspan {
 
-prometheus::ClientMetric& MetricPage::Add(const std::string& name, const std::string& help,
-                                          prometheus::MetricType type, const Labels& labels) {
-  if (families_.empty() || families_.back().name != name) {
-    auto known = std::find_if(families_.begin(), families_.end(),
-                              [&](const auto& family) { return family.name == name; });
-    if (known == families_.end()) {
-      families_.push_back({name, help, type, {}});
+namespace {
+
+// The shortest text that reads back as the same number.
+void AppendNumber(double value, std::string& text) {
+  if (!std::isfinite(value)) {
+    text += std::isnan(value) ? "NaN" : value > 0 ? "+Inf" : "-Inf";
+    return;
+  }
+  char buffer[32];
+  const auto end = std::to_chars(buffer, buffer + sizeof buffer, value).ptr;
+  text.append(buffer, end);
+}
+
+void AppendLabel(absl::string_view key, absl::string_view value, std::string& text) {
+  absl::StrAppend(&text, text.back() == '{' ? "" : ",", key, "=\"");
+  for (const char c : value) {
+    if (c == '\\' || c == '"') text += '\\';
+    if (c == '\n') {
+      text += "\\n";
     } else {
-      std::rotate(known, known + 1, families_.end());
+      text += c;
     }
   }
-  prometheus::ClientMetric& metric = families_.back().metric.emplace_back();
-  for (const auto& [key, value] : labels) metric.label.push_back({key, value});
-  return metric;
+  text += '"';
+}
+
+void AppendSeries(absl::string_view name, const MetricPage::Labels& labels, absl::string_view extra,
+                  double extra_value, double value, std::string& text) {
+  absl::StrAppend(&text, name);
+  if (!labels.empty() || !extra.empty()) {
+    text += '{';
+    for (const auto& [key, label] : labels) AppendLabel(key, label, text);
+    if (!extra.empty()) {
+      std::string bound;
+      AppendNumber(extra_value, bound);
+      AppendLabel(extra, bound, text);
+    }
+    text += '}';
+  }
+  text += ' ';
+  AppendNumber(value, text);
+  text += '\n';
+}
+
+}  // namespace
+
+std::string& MetricPage::Family(const std::string& name, const std::string& help,
+                                const char* type) {
+  const auto known = std::find_if(families_.rbegin(), families_.rend(),
+                                  [&](const auto& family) { return family.first == name; });
+  if (known != families_.rend()) return known->second;
+  families_.emplace_back(
+      name, absl::StrCat("# HELP ", name, " ", help, "\n# TYPE ", name, " ", type, "\n"));
+  return families_.back().second;
 }
 
 void MetricPage::Counter(const std::string& name, const std::string& help, double value,
                          const Labels& labels) {
-  Add(name, help, prometheus::MetricType::Counter, labels).counter.value = value;
+  AppendSeries(name, labels, "", 0, value, Family(name, help, "counter"));
 }
 
 void MetricPage::Gauge(const std::string& name, const std::string& help, double value,
                        const Labels& labels) {
-  Add(name, help, prometheus::MetricType::Gauge, labels).gauge.value = value;
+  AppendSeries(name, labels, "", 0, value, Family(name, help, "gauge"));
 }
 
 void MetricPage::Histogram(const std::string& name, const std::string& help,
                            const std::vector<double>& bounds, const std::vector<double>& counts,
                            double sum, const Labels& labels) {
-  auto& histogram = Add(name, help, prometheus::MetricType::Histogram, labels).histogram;
+  std::string& text = Family(name, help, "histogram");
   double cumulative = 0;
   for (size_t i = 0; i < bounds.size(); ++i) {
     cumulative += counts[i];
-    histogram.bucket.push_back({static_cast<uint64_t>(std::llround(cumulative)), bounds[i]});
+    AppendSeries(absl::StrCat(name, "_bucket"), labels, "le", bounds[i], std::round(cumulative),
+                 text);
   }
-  histogram.sample_count = static_cast<uint64_t>(std::llround(cumulative));
-  histogram.sample_sum = sum;
+  AppendSeries(absl::StrCat(name, "_count"), labels, "", 0, std::round(cumulative), text);
+  AppendSeries(absl::StrCat(name, "_sum"), labels, "", 0, sum, text);
+}
+
+std::string MetricPage::Text() const {
+  std::string text;
+  for (const auto& [name, series] : families_) text += series;
+  return text;
 }
 
 void AddEngineSeries(const Engine& engine, const Backend& backend, const std::string& model_name,
@@ -154,21 +202,24 @@ struct AttentionSeries {
   const char* name;
   const char* help;
   double HeadSums::*field;
+  bool on_first_page;  // of heads: /metrics/attention, else /metrics/attention/heads
 };
 constexpr AttentionSeries kAttentionSeries[] = {
     {"span_observations_total", "Decode queries observed; the denominator of the sums.",
-     &HeadSums::queries},
+     &HeadSums::queries, true},
     {"span_tokens_sum_total", "Mean attention distance in tokens, sinks excluded.",
-     &HeadSums::distance},
+     &HeadSums::distance, true},
     {"far_mass_total", "Attention mass beyond the model's window, sinks excluded.",
-     &HeadSums::far_mass},
+     &HeadSums::far_mass, false},
     {"sink_mass_total", "Attention mass on the first 4 tokens, where the window is past them.",
-     &HeadSums::sink_mass},
-    {"sink_observations_total", "Queries that sink mass was summed over.", &HeadSums::sink_queries},
-    {"entropy_normalized_total", "Attention entropy over ln of the context.", &HeadSums::entropy},
-    {"top1_probability_total", "Largest attention probability.", &HeadSums::top_probability},
+     &HeadSums::sink_mass, false},
+    {"sink_observations_total", "Queries that sink mass was summed over.", &HeadSums::sink_queries,
+     false},
+    {"entropy_normalized_total", "Attention entropy over ln of the context.", &HeadSums::entropy,
+     false},
+    {"top1_probability_total", "Largest attention probability.", &HeadSums::top_probability, false},
     {"copy_hits_total", "Generated tokens that equal the far token attended to most.",
-     &HeadSums::copy_hits},
+     &HeadSums::copy_hits, true},
 };
 
 // A head whose copy rate is above this is counted as a retrieval head (Wu et al., arXiv
@@ -202,24 +253,16 @@ std::vector<AttentionLayer> AttentionLayers(const ModelSpec& spec, const SpanSum
   return layers;
 }
 
-void AddHeads(const SpanSnapshot& snapshot, const std::vector<AttentionLayer>& layers,
-              MetricPage& page) {
-  const SpanSums& sums = snapshot.sums;
-  for (const AttentionSeries& series : kAttentionSeries) {
-    for (const AttentionLayer& layer : layers) {
-      for (int h = 0; h < layer.heads; ++h) {
-        page.Counter(absl::StrCat("longspan_attention_", series.name), series.help,
-                     sums.at(layer.index, h).*series.field,
-                     layer.With("head", Padded(h, sums.heads)));
-      }
-    }
-  }
+// Sums to a ten-thousandth: no query is told apart by less, and a page is half as long.
+double Rounded(double value) { return std::round(value * 1e4) / 1e4; }
+
+void AddMatrix(const AttentionSeries& series, const SpanSums& sums,
+               const std::vector<AttentionLayer>& layers, MetricPage& page) {
   for (const AttentionLayer& layer : layers) {
     for (int h = 0; h < layer.heads; ++h) {
-      page.Gauge("longspan_attention_head_span_tokens",
-                 "Mean attention distance of about the last 64 observed queries, sinks excluded.",
-                 snapshot.recent_distance[layer.index * sums.heads + h],
-                 layer.With("head", Padded(h, sums.heads)));
+      page.Counter(absl::StrCat("longspan_attention_", series.name), series.help,
+                   Rounded(sums.at(layer.index, h).*series.field),
+                   layer.With("head", Padded(h, sums.heads)));
     }
   }
 }
@@ -300,16 +343,32 @@ void AddAttentionDetail(const Engine& engine, bool per_head, const std::vector<d
         "Heads that copy from beyond the window in more than a tenth of the observed queries.",
         count, {{"kind", kind}});
   }
+  if (!per_head) return;
+  for (const AttentionSeries& series : kAttentionSeries) {
+    if (series.on_first_page) AddMatrix(series, snapshot.sums, layers, page);
+  }
   for (const AttentionLayer& layer : layers) {
-    if (!per_head || needle_mass.empty()) break;
     for (int h = 0; h < layer.heads; ++h) {
+      const size_t at = layer.index * snapshot.sums.heads + h;
+      const MetricPage::Labels labels = layer.With("head", Padded(h, snapshot.sums.heads));
+      page.Gauge("longspan_attention_head_span_tokens",
+                 "Mean attention distance of about the last 64 observed queries, sinks excluded.",
+                 Rounded(snapshot.recent_distance[at]), labels);
+      if (needle_mass.empty()) continue;
       page.Gauge("longspan_attention_needle_mass",
                  "Mean attention on the needle while the last needle run's answers began.",
-                 needle_mass[layer.index * snapshot.sums.heads + h],
-                 layer.With("head", Padded(h, snapshot.sums.heads)));
+                 Rounded(needle_mass[at]), labels);
     }
   }
-  if (per_head) AddHeads(snapshot, layers, page);
+}
+
+void AddAttentionHeads(const Engine& engine, MetricPage& page) {
+  const SpanSnapshot snapshot = engine.spans().Snapshot();
+  const std::vector<AttentionLayer> layers =
+      AttentionLayers(engine.model().model->spec(), snapshot.sums);
+  for (const AttentionSeries& series : kAttentionSeries) {
+    if (!series.on_first_page) AddMatrix(series, snapshot.sums, layers, page);
+  }
 }
 
 }  // namespace longspan

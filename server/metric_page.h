@@ -1,7 +1,6 @@
 #pragma once
-// Builds metric families from plain numbers, for snapshots that are read at scrape time.
-#include <prometheus/metric_family.h>
-
+// Writes plain numbers as Prometheus text, for snapshots that are read at scrape time: a page of
+// 64 x 64 heads is some tens of thousands of series.
 #include <string>
 #include <utility>
 #include <vector>
@@ -19,12 +18,13 @@ class MetricPage {
                  const std::vector<double>& bounds, const std::vector<double>& counts, double sum,
                  const Labels& = {});
 
-  std::vector<prometheus::MetricFamily> Take() { return std::move(families_); }
+  // Exposition format 0.0.4. Series of one name stand together, in the order of first mention.
+  std::string Text() const;
 
  private:
-  prometheus::ClientMetric& Add(const std::string& name, const std::string& help,
-                                prometheus::MetricType type, const Labels& labels);
-  std::vector<prometheus::MetricFamily> families_;
+  // The family's text so far, begun with its help and type.
+  std::string& Family(const std::string& name, const std::string& help, const char* type);
+  std::vector<std::pair<std::string, std::string>> families_;  // name, text
 };
 
 // Series of one engine for /metrics, and the attention series for both pages.
@@ -34,9 +34,11 @@ void AddEngineSeries(const Engine& engine, const Backend& backend, const std::st
                      bool vllm_aliases, MetricPage& page);
 // Per layer, summed over heads: small enough for /metrics.
 void AddAttentionLayers(const Engine& engine, MetricPage& page);
-// For /metrics/attention: where each layer's mass lies and, if per_head, the layer × head matrices.
-// needle_mass: [layers, heads] of the last needle run, or empty.
+// For /metrics/attention: where each layer's mass lies and, if per_head, the layer x head matrices
+// of spans, copies and needles. needle_mass: [layers, heads] of the last needle run, or empty.
 void AddAttentionDetail(const Engine& engine, bool per_head, const std::vector<double>& needle_mass,
                         MetricPage& page);
+// For /metrics/attention/heads: what else is known of each head.
+void AddAttentionHeads(const Engine& engine, MetricPage& page);
 
 }  // namespace longspan

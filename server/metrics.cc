@@ -60,7 +60,7 @@ void AddAliases(const std::string& model_name, std::vector<prometheus::MetricFam
   }
 }
 
-std::string Serialize(std::vector<prometheus::MetricFamily> families) {
+std::string Serialize(const std::vector<prometheus::MetricFamily>& families) {
   std::ostringstream out;
   prometheus::TextSerializer().Serialize(out, families);
   return out.str();
@@ -179,8 +179,7 @@ std::string Metrics::Page() const {
   }
   std::vector<prometheus::MetricFamily> families = registry_.Collect();
   if (vllm_aliases_) AddAliases(model_name_, families);
-  for (auto& family : page.Take()) families.push_back(std::move(family));
-  return Serialize(std::move(families));
+  return Serialize(families) + page.Text();
 }
 
 std::string Metrics::AttentionPage() const {
@@ -194,7 +193,16 @@ std::string Metrics::AttentionPage() const {
     }
     AddAttentionDetail(*engine, /*per_head=*/level_ == SpanLevel::kHead, needle_mass, page);
   }
-  return Serialize(page.Take());
+  return page.Text();
+}
+
+std::string Metrics::HeadsPage() const {
+  MetricPage page;
+  if (const Engine* engine = engine_.load(std::memory_order_acquire);
+      engine != nullptr && level_ == SpanLevel::kHead) {
+    AddAttentionHeads(*engine, page);
+  }
+  return page.Text();
 }
 
 }  // namespace longspan

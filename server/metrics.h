@@ -36,6 +36,7 @@ class Metrics {
 
   std::string Page() const;           // /metrics
   std::string AttentionPage() const;  // /metrics/attention
+  std::string HeadsPage() const;      // /metrics/attention/heads
 
  private:
   struct Latencies;

@@ -174,6 +174,10 @@ std::vector<HttpDoor::Route> Server::Impl::Routes() {
        [this] {
          return HttpDoor::Page{200, kExposition, metrics->AttentionPage()};
        }},
+      {"/metrics/attention/heads", /*open=*/false,
+       [this] {
+         return HttpDoor::Page{200, kExposition, metrics->HeadsPage()};
+       }},
       {"/health", /*open=*/true,
        [this] {
          const bool up = ready && !engine->Stats().draining;

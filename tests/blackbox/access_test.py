@@ -99,7 +99,7 @@ class Keys(unittest.TestCase):
         self.assertIn(b"longspan.v1.InferenceService", next(answers))
 
     def test_pages_ask_for_a_key(self):
-        for path in ("/metrics", "/metrics/attention", "/version"):
+        for path in ("/metrics", "/metrics/attention", "/metrics/attention/heads", "/version"):
             with self.assertRaises(urllib.error.HTTPError) as caught:
                 self.server.page(path)
             self.assertEqual(caught.exception.code, 401, path)

@@ -123,22 +123,27 @@ TEST(MetricPage, KeepsASeriesOfOneNameTogether) {
   page.Counter("a_total", "A.", 1, {{"x", "1"}});
   page.Gauge("b", "B.", 2);
   page.Counter("a_total", "A.", 3, {{"x", "2"}});
-  const auto families = page.Take();
-  ASSERT_EQ(families.size(), 2u);
-  for (const auto& family : families) {
-    EXPECT_EQ(family.metric.size(), family.name == "a_total" ? 2u : 1u);
-  }
+  EXPECT_EQ(page.Text(),
+            "# HELP a_total A.\n# TYPE a_total counter\na_total{x=\"1\"} 1\na_total{x=\"2\"} 3\n"
+            "# HELP b B.\n# TYPE b gauge\nb 2\n");
 }
 
 TEST(MetricPage, HistogramBucketsAreCumulative) {
   MetricPage page;
   page.Histogram("h", "H.", {1, 2, INFINITY}, {5, 0, 7}, 30);
-  const auto histogram = page.Take()[0].metric[0].histogram;
-  EXPECT_EQ(histogram.bucket[0].cumulative_count, 5u);
-  EXPECT_EQ(histogram.bucket[1].cumulative_count, 5u);
-  EXPECT_EQ(histogram.bucket[2].cumulative_count, 12u);
-  EXPECT_EQ(histogram.sample_count, 12u);
-  EXPECT_EQ(histogram.sample_sum, 30);
+  EXPECT_EQ(page.Text(),
+            "# HELP h H.\n# TYPE h histogram\nh_bucket{le=\"1\"} 5\nh_bucket{le=\"2\"} 5\n"
+            "h_bucket{le=\"+Inf\"} 12\nh_count 12\nh_sum 30\n");
+}
+
+TEST(MetricPage, EscapesLabelsAndKeepsEveryDigit) {
+  MetricPage page;
+  page.Gauge("g", "G.", 0.1 + 0.2, {{"x", "a\"b\\c\nd"}});
+  page.Gauge("g", "", 1e300);
+  page.Gauge("g", "", NAN);
+  EXPECT_EQ(page.Text(),
+            "# HELP g G.\n# TYPE g gauge\ng{x=\"a\\\"b\\\\c\\nd\"} 0.30000000000000004\n"
+            "g 1e+300\ng NaN\n");
 }
 
 }  // namespace

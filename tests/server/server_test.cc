@@ -523,6 +523,7 @@ TEST_F(ServerTest, PromtoolHasNothingToSayAboutItsPages) {
   ASSERT_TRUE(Complete(Prompt("Once upon a time", 40)).ok());
   EXPECT_EQ(Promtool(shared_->Get("/metrics").body), "");
   EXPECT_EQ(Promtool(shared_->Get("/metrics/attention").body), "");
+  EXPECT_EQ(Promtool(shared_->Get("/metrics/attention/heads").body), "");
 }
 
 TEST_F(ServerTest, ShowsEachHeadOfEachLayerOnItsOwnPageOnly) {
@@ -536,6 +537,8 @@ TEST_F(ServerTest, ShowsEachHeadOfEachLayerOnItsOwnPageOnly) {
   EXPECT_THAT(attention, HasSubstr("layer=\"05\",kind=\"full\",head=\"03\""));
   EXPECT_THAT(attention, HasSubstr("longspan_attention_layer_span_tokens_bucket{"));
   EXPECT_THAT(shared_->Get("/metrics").body, Not(HasSubstr("head=\"")));
+  EXPECT_THAT(shared_->Get("/metrics/attention/heads").body,
+              HasSubstr("longspan_attention_entropy_normalized_total{layer=\"05\",kind=\"full\""));
 }
 
 // Tests below change the server's state and have one of their own.

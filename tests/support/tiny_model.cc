@@ -8,6 +8,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
 #include "kernels/check.h"
 #include "models/family.h"
 
@@ -68,16 +69,20 @@ std::unique_ptr<Tokenizer> TinyTokenizer() {
 }
 
 std::string Config(const TinyOptions& options, int vocab) {
+  std::vector<std::string> types;
+  for (int l = 0; l < options.layers; ++l) {
+    types.push_back(l % 2 == 0 ? R"("sliding_attention")" : R"("full_attention")");
+  }
   return absl::StrFormat(
       R"({"model_type": "swa_hybrid", "vocab_size": %d, "hidden_size": 32, "intermediate_size": 48,
-          "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+          "num_hidden_layers": %d, "num_attention_heads": %d, "num_key_value_heads": %d, "head_dim": 8,
           "hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": false,
           "sliding_window": %d, "max_position_embeddings": %d, "torch_dtype": "float32",
-          "layer_types": ["sliding_attention", "full_attention", "sliding_attention",
-                          "full_attention"],
+          "layer_types": [%s],
           "rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
                               "full_attention": null}})",
-      vocab, options.window, options.max_context);
+      vocab, options.layers, options.heads, options.heads / 2, options.window,
+      options.max_context, absl::StrJoin(types, ", "));
 }
 
 }  // namespace

@@ -7,7 +7,9 @@
 namespace longspan::testing {
 
 struct TinyOptions {
-  int window = 8;  // layers 0 and 2 slide, 1 and 3 are full
+  int layers = 4;  // sliding and full in turn
+  int heads = 4;
+  int window = 8;
   int max_context = 512;
   int max_rows = 512;
   int max_logit_rows = 64;
