@@ -33,13 +33,12 @@ class LargePages : public ::testing::Test {
     CHECK(engine.ok()) << engine.status();
     engine_ = *std::move(engine);
     metrics_.Attach(engine_.get(), backend_.get(), SpanLevel::kHead);
-    auto door = HttpDoor::Open("127.0.0.1:0",
-                               {{"/metrics", true, [this] { return Page(metrics_.Page()); }},
-                                {"/metrics/attention", true,
-                                 [this] { return Page(metrics_.AttentionPage()); }},
-                                {"/metrics/attention/heads", true,
-                                 [this] { return Page(metrics_.HeadsPage()); }}},
-                               [](absl::string_view) { return absl::OkStatus(); });
+    auto door = HttpDoor::Open(
+        "127.0.0.1:0",
+        {{"/metrics", true, [this] { return Page(metrics_.Page()); }},
+         {"/metrics/attention", true, [this] { return Page(metrics_.AttentionPage()); }},
+         {"/metrics/attention/heads", true, [this] { return Page(metrics_.HeadsPage()); }}},
+        [](absl::string_view) { return absl::OkStatus(); });
     CHECK(door.ok()) << door.status();
     door_ = *std::move(door);
   }

@@ -81,8 +81,8 @@ std::string Config(const TinyOptions& options, int vocab) {
           "layer_types": [%s],
           "rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
                               "full_attention": null}})",
-      vocab, options.layers, options.heads, options.heads / 2, options.window,
-      options.max_context, absl::StrJoin(types, ", "));
+      vocab, options.layers, options.heads, options.heads / 2, options.window, options.max_context,
+      absl::StrJoin(types, ", "));
 }
 
 }  // namespace
