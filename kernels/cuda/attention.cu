@@ -1,5 +1,6 @@
-// Softmax attention over paged and ring caches. Bytes: each visible key and value once per KV head
-// (once per 8 query heads of it); operations: 4 * head_dim per query head and key.
+// Softmax attention over paged and ring caches, row by row; many rows of a sequence go to
+// attention_tiles.cu. Bytes: each visible key and value once per KV head (once per 4 query heads of
+// it); operations: 4 * head_dim per query head and key.
 //
 // A row's keys are cut into splits by the row's own length alone, so that its result depends
 // neither on its neighbours nor on the chunk it arrived in. A block makes one split's partial
@@ -7,10 +8,8 @@
 // with the softmax's total known.
 #include <algorithm>
 
+#include "kernels/cuda/attention.cuh"
 #include "kernels/cuda/check_cuda.h"
-#include "kernels/cuda/context.h"
-#include "kernels/cuda/kv_page.cuh"
-#include "kernels/cuda/numbers.cuh"
 #include "kernels/cuda/ops_cuda.h"
 
 namespace longspan::cuda {
@@ -22,23 +21,10 @@ constexpr int kWarps = 4;  // of a partial block; they take its keys in turn
 constexpr int kKeys = 4;   // of a warp at a time: loads in flight before the first is used
 constexpr int kSpanWarps = 8;
 
-// AttentionArgs as kernels take them.
-struct Problem {
-  const float* query;
-  const void *key, *value;
-  float* out;
-  int64_t query_row, query_head, key_row, key_head, value_row, value_head, out_row, out_head;
-  const float* sinks;
-  KvView cache;
-  RaggedBatch batch;
-  SpanRequest spans;
-  float scale, softcap;
-  int window, heads, dim, group;
-  bool whole_vectors;  // rows of keys and values may be read in vectors
-
-  int first_row;   // of this launch
+// The rows that one launch takes, and where their partial results go.
+struct Piece : Problem {
+  int first_row;
   float* partial;  // [rows of the launch, heads, kMaxSplits, dim + 2]: sums, then maximum and total
-  float* log_total;  // [rows of the step, heads]
 };
 
 // What one row sees.
@@ -68,16 +54,9 @@ struct Row {
 };
 
 template <class T>
-__device__ const T* At(const Problem& p, const Row& row, int kv_head, int j, bool values) {
-  if (j >= row.start) {
-    const int64_t r = row.flight + j - row.start;
-    return values ? static_cast<const T*>(p.value) + r * p.value_row + kv_head * p.value_head
-                  : static_cast<const T*>(p.key) + r * p.key_row + kv_head * p.key_head;
-  }
-  const std::byte* page =
-      Page(p.cache, row.sequence, j) + (values ? p.cache.value_offset : p.cache.key_offset);
-  return reinterpret_cast<const T*>(page) +
-         (int64_t{kv_head} * p.cache.page_tokens + j % p.cache.page_tokens) * p.dim;
+__device__ __forceinline__ const T* At(const Problem& p, const Row& row, int kv_head, int j,
+                                       bool values) {
+  return At<T>(p, row.sequence, row.start, row.flight, kv_head, j, values);
 }
 
 // This lane's kPer elements of a row of `dim`: zero beyond its end.
@@ -107,13 +86,9 @@ __device__ __forceinline__ float Dot(const float (&a)[kPer], const float (&b)[kP
   return WarpSum(sum);
 }
 
-__device__ __forceinline__ float Cap(float score, float softcap) {
-  return softcap > 0 ? softcap * tanhf(score / softcap) : score;
-}
-
 // grid: rows, KV heads times groups of kHeads query heads, kMaxSplits.
 template <class T, int kPer, int kHeads>
-__global__ void __launch_bounds__(kWarps* kWarp) Partial(const Problem p) {
+__global__ void __launch_bounds__(kWarps* kWarp) Partial(const Piece p) {
   const int row_index = p.first_row + blockIdx.x;
   const Row row(p, row_index);
   const int split = blockIdx.z;
@@ -199,7 +174,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) Partial(const Problem p) {
 }
 
 // grid: rows, heads.
-__global__ void Merge(const Problem p) {
+__global__ void Merge(const Piece p) {
   const int row_index = p.first_row + blockIdx.x, head = blockIdx.y;
   const int splits = Row(p, row_index).splits;
   const int stride = p.dim + 2;
@@ -309,7 +284,7 @@ __global__ void __launch_bounds__(kSpanWarps* kWarp) Observe(const Problem p) {
 }
 
 template <class T, int kPer>
-void Launch(BackendContext& context, const Problem& p, int rows, int kv_heads) {
+void Launch(BackendContext& context, const Piece& p, int rows, int kv_heads) {
   const auto Run = [&](auto kernel, int heads) {
     const int groups = (p.group + heads - 1) / heads;
     kernel<<<dim3(rows, kv_heads * groups, kMaxSplits), kWarps * kWarp, 0, context.stream>>>(p);
@@ -325,19 +300,35 @@ void Launch(BackendContext& context, const Problem& p, int rows, int kv_heads) {
 }
 
 template <class T, int kPer>
-void Run(BackendContext& context, const AttentionArgs& a, Problem p) {
+void Run(BackendContext& context, const AttentionArgs& a, const Problem& problem) {
   // The workspace holds log_total for all rows, then partial results of as many rows as fit.
+  Piece p = {problem};
   const size_t total_bytes = (sizeof(float) * a.batch.rows * p.heads + 255) / 256 * 256;
   const size_t row_bytes = sizeof(float) * p.heads * kMaxSplits * (p.dim + 2);
   CHECK_LE(total_bytes + row_bytes, BackendContext::kWorkspaceBytes);
-  const int piece = static_cast<int>(
+  const int most = static_cast<int>(
       std::min<size_t>(a.batch.rows, (BackendContext::kWorkspaceBytes - total_bytes) / row_bytes));
-  auto* memory = static_cast<std::byte*>(context.Workspace(total_bytes + piece * row_bytes));
+  auto* memory = static_cast<std::byte*>(context.Workspace(total_bytes + most * row_bytes));
   p.log_total = reinterpret_cast<float*>(memory);
   p.partial = reinterpret_cast<float*>(memory + total_bytes);
-  for (p.first_row = 0; p.first_row < a.batch.rows; p.first_row += piece) {
-    Launch<T, kPer>(context, p, std::min(piece, a.batch.rows - p.first_row), a.cache.kv_heads);
+
+  const int32_t* begin = a.batch.HostRowBegin();
+  const bool tiles = AttendsInTiles(p);
+  const auto Tiled = [&](int s) { return tiles && begin[s + 1] - begin[s] >= kTileRows; };
+  bool any_tiled = false;
+  for (int s = 0; s < a.batch.sequences;) {
+    if (Tiled(s)) {
+      any_tiled = true;
+      ++s;
+      continue;
+    }
+    p.first_row = begin[s];
+    while (s < a.batch.sequences && !Tiled(s)) ++s;
+    for (const int end = begin[s]; p.first_row < end; p.first_row += most) {
+      Launch<T, kPer>(context, p, std::min(most, end - p.first_row), a.cache.kv_heads);
+    }
   }
+  if (any_tiled) AttendTiles(context, p);
   if (a.spans.count == 0) return;
   Observe<T, kPer><<<dim3(a.spans.count, p.heads), kSpanWarps * kWarp, 0, context.stream>>>(p);
 }

@@ -7,7 +7,8 @@ namespace {
 
 using testing::AttentionCase;
 
-// fp32 sums of up to 2,500 products of unit normals, exponentials within 2 ulp, against doubles.
+// fp32 sums of up to 2,500 products of unit normals, exponentials within 2 ulp, against doubles;
+// tiles keep 16 bits of queries and probabilities, 2^-17 of scores of up to 8.
 constexpr double kTolerance = 5e-5;
 // The project's bound for every span.
 constexpr double kSpanTolerance = 1e-3;
@@ -54,30 +55,47 @@ TEST_F(CudaAttention, SoftcapAndSinksEqualEager) {
 
 TEST_F(CudaAttention, EveryGroupSizeEqualsEager) {
   for (int kv_heads : {1, 2, 3, 6}) {
-    AttentionCase c({.heads = 6, .kv_heads = kv_heads, .dtype = DType::kF32}, {77});
-    c.RunAll(*backend_, 13);
-    testing::ExpectEqualsEager(c, kTolerance);
+    for (DType dtype : {DType::kF32, DType::kBF16}) {
+      AttentionCase c({.heads = 6, .kv_heads = kv_heads, .dtype = dtype}, {77, 16});
+      for (int chunk : {13, 40}) {  // fewer rows than a tile takes, and more
+        c.RunAll(*backend_, chunk);
+        testing::ExpectEqualsEager(c, kTolerance);
+      }
+    }
   }
 }
 
 TEST_F(CudaAttention, SplitRowsEqualEager) {
   for (int dim : {8, 128, 256}) {
     AttentionCase c({.heads = 2, .kv_heads = 1, .dim = dim}, {2500});
-    c.RunAll(*backend_, 700);
-    testing::ExpectEqualsEager(c, kTolerance, 97);
+    c.Step(*backend_, {2489}, false);
+    c.Step(*backend_, {11}, false);
+    testing::ExpectEqualsEager(c, kTolerance,
+                               19);  // 2489 = 131 * 19, the first split row, among them
   }
 }
 
-TEST_F(CudaAttention, ChunkingChangesNoBit) {
+// Chunks of 16 rows and more are attended in tiles, smaller ones row by row.
+TEST_F(CudaAttention, ChunkingChangesNoBitAmongTilesNorAmongRows) {
   for (int window : {0, 40}) {
     AttentionCase c({.window = window}, {700, 150});
-    c.RunAll(*backend_, 1000);
-    const auto whole = c.out();
-    for (int chunk : {7, 64, 512}) {
+    const auto RunWith = [&](int chunk) {
       c.RunAll(*backend_, chunk);
-      EXPECT_EQ(c.out(), whole) << "window " << window << " chunk " << chunk;
-    }
+      testing::ExpectEqualsEager(c, kTolerance, 13);
+      return c.out();
+    };
+    const auto tiles = RunWith(1000), rows = RunWith(1);
+    for (int chunk : {64, 512}) EXPECT_EQ(RunWith(chunk), tiles) << window << " " << chunk;
+    for (int chunk : {7, 15}) EXPECT_EQ(RunWith(chunk), rows) << window << " " << chunk;
   }
+}
+
+TEST_F(CudaAttention, MixedStepsOfRowsAndTilesEqualEager) {
+  AttentionCase c({.heads = 6, .kv_heads = 2, .dim = 64}, {60, 200, 61, 16, 33});
+  c.Step(*backend_, {59, 100, 60, 0, 0}, false);
+  c.Step(*backend_, {1, 100, 1, 16, 15}, false);
+  c.Step(*backend_, {0, 0, 0, 0, 18}, false);
+  testing::ExpectEqualsEager(c, kTolerance);
 }
 
 TEST_F(CudaAttention, NeighboursChangeNoBit) {

@@ -1,0 +1,56 @@
+#pragma once
+// What the two forms of Attention share: split rows (attention.cu), for steps of few rows of a
+// sequence, and tiles (attention_tiles.cu), for many.
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/cuda/context.h"
+#include "kernels/cuda/kv_page.cuh"
+#include "kernels/cuda/numbers.cuh"
+#include "kernels/ops.h"
+
+namespace longspan::cuda {
+
+// AttentionArgs as kernels take them.
+struct Problem {
+  const float* query;
+  const void *key, *value;
+  float* out;
+  int64_t query_row, query_head, key_row, key_head, value_row, value_head, out_row, out_head;
+  const float* sinks;
+  KvView cache;
+  RaggedBatch batch;
+  SpanRequest spans;
+  float scale, softcap;
+  int window, heads, dim, group;
+  bool whole_vectors;  // rows of keys and values may be read in vectors
+  float* log_total;    // [rows of the step, heads]: of the softmax, for spans
+};
+
+// Row `j - start` of the step's own keys or values where j >= start, else the cache's position j.
+// `flight`: the step's row that holds position `start`.
+template <class T>
+__device__ __forceinline__ const T* At(const Problem& p, int sequence, int start, int flight,
+                                       int kv_head, int j, bool values) {
+  if (j >= start) {
+    const int64_t r = flight + j - start;
+    return values ? static_cast<const T*>(p.value) + r * p.value_row + kv_head * p.value_head
+                  : static_cast<const T*>(p.key) + r * p.key_row + kv_head * p.key_head;
+  }
+  const std::byte* page =
+      Page(p.cache, sequence, j) + (values ? p.cache.value_offset : p.cache.key_offset);
+  return reinterpret_cast<const T*>(page) +
+         (int64_t{kv_head} * p.cache.page_tokens + j % p.cache.page_tokens) * p.dim;
+}
+
+__device__ __forceinline__ float Cap(float score, float softcap) {
+  return softcap > 0 ? softcap * tanhf(score / softcap) : score;
+}
+
+// A sequence with this many rows in a step is attended in tiles if AttendsInTiles, else row by row.
+constexpr int kTileRows = 16;
+bool AttendsInTiles(const Problem& problem);
+// The sequences that have at least kTileRows rows.
+void AttendTiles(BackendContext& context, const Problem& problem);
+
+}  // namespace longspan::cuda
