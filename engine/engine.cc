@@ -110,6 +110,13 @@ absl::Status Engine::Submit(Request request, EventSink sink) {
                           " bytes, the cache holds ", impl.stats.cache.total_bytes)),
                       "NEVER_FITS");
   }
+  if (tokens > limits.max_queued_tokens) {
+    ++impl.refused_never_fits;
+    return WithReason(absl::ResourceExhaustedError(absl::StrCat("can never fit: the prompt has ",
+                                                                tokens, " tokens, the queue holds ",
+                                                                limits.max_queued_tokens)),
+                      "NEVER_FITS");
+  }
   if (impl.in_flight.contains(request.id)) {
     return absl::AlreadyExistsError(absl::StrCat("request_id: ", request.id, " is in flight"));
   }

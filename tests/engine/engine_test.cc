@@ -561,6 +561,10 @@ TEST(Engine, RefusesWhatNeverFitsAndWhatAFullQueueCannotTake) {
   EXPECT_TRUE(absl::IsResourceExhausted(status));
   EXPECT_THAT(std::string(status.message()), StartsWith("can never fit"));
   EXPECT_EQ(engine.Stats().refused_never_fits, 1u);
+  status = Complete(engine, Ask("longer than the queue", 101, 5)).status;
+  EXPECT_TRUE(absl::IsResourceExhausted(status));
+  EXPECT_EQ(status.message(), "can never fit: the prompt has 101 tokens, the queue holds 100");
+  EXPECT_EQ(engine.Stats().refused_never_fits, 2u);
 
   // The first one runs and stands still in its sink while others queue.
   absl::Notification started, go_on;
