@@ -149,8 +149,8 @@ void Metrics::OnStep(const StepReport& report) {
       .Observe(absl::ToDoubleSeconds(report.duration));
 }
 
-void Metrics::CountRpc(const std::string& method, const std::string& code) {
-  rpcs_.Add({{"method", method}, {"code", code}}).Increment();
+void Metrics::CountRpc(absl::string_view method, absl::string_view code) {
+  rpcs_.Add({{"method", std::string(method)}, {"code", std::string(code)}}).Increment();
 }
 
 void Metrics::SetNeedleScore(int context_length, double depth_percent, double score) {

@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/strings/string_view.h"
 #include "absl/synchronization/mutex.h"
 #include "engine/engine.h"
 
@@ -27,7 +28,7 @@ class Metrics {
   // Wraps a request's sink so that its latencies and counts are recorded.
   EventSink Observe(EventSink sink);
   void OnStep(const StepReport& report);
-  void CountRpc(const std::string& method, const std::string& code);
+  void CountRpc(absl::string_view method, absl::string_view code);
   void SetNeedleScore(int context_length, double depth_percent, double score);
   void SetNeedleMass(std::vector<double> mean);  // [layers, heads]
 

@@ -54,15 +54,15 @@ std::string PathTo(absl::string_view field, const google::protobuf::Descriptor& 
   return "";
 }
 
-// method: "longspan.v1.InferenceService/Complete".
-std::string FieldIn(absl::string_view complaint, absl::string_view method) {
-  const auto* found = google::protobuf::DescriptorPool::generated_pool()->FindMethodByName(
+// method: "longspan.v1.InferenceService/Complete". nullptr: nothing of that name is served.
+const google::protobuf::MethodDescriptor* FindMethod(absl::string_view method) {
+  return google::protobuf::DescriptorPool::generated_pool()->FindMethodByName(
       absl::StrReplaceAll(method, {{"/", "."}}));
-  return found == nullptr ? "" : PathTo(QuotedIn(complaint), *found->input_type());
 }
 
-grpc::Status Unparsable(absl::string_view method) {
-  const std::string field = FieldIn(std::exchange(last_complaint, ""), method);
+grpc::Status Unparsable(const google::protobuf::MethodDescriptor& method) {
+  const std::string field =
+      PathTo(QuotedIn(std::exchange(last_complaint, "")), *method.input_type());
   return ToGrpc(absl::InvalidArgumentError(
       field.empty() ? "request: is not a message of this method"
                     : absl::StrCat(field, ": has a string that is not valid UTF-8")));
@@ -86,13 +86,18 @@ class RpcInterceptor final : public grpc::experimental::Interceptor {
     }
     if (methods->QueryInterceptionHookPoint(InterceptionHookPoints::PRE_SEND_STATUS)) {
       grpc::Status status = methods->GetSendStatus();
-      // No handler of ours answers this; gRPC does when a request did not parse.
-      if (status.error_code() == grpc::UNIMPLEMENTED && status.error_message().empty()) {
-        status = Unparsable(method_);
+      const auto* known = FindMethod(method_);
+      // No handler of ours answers this; gRPC does when a request did not parse, or for a method
+      // that it does not know.
+      if (known != nullptr && status.error_code() == grpc::UNIMPLEMENTED &&
+          status.error_message().empty()) {
+        status = Unparsable(*known);
         methods->ModifySendStatus(status);
       }
       if (!caller_.ok()) status = ToGrpc(caller_);  // sent already
-      metrics_.CountRpc(method_, CodeName(status));
+      // One name for all that clients make up: a series each would never end.
+      metrics_.CountRpc(known != nullptr ? absl::string_view(method_) : "unknown",
+                        CodeName(status));
     }
     methods->Proceed();
   }
