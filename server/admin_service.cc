@@ -98,8 +98,7 @@ class DrainCall : public grpc::ServerWriteReactor<v1::DrainResponse> {
       }
       until_ = absl::Now() + grace;
     }
-    frontend_.set_ready(false);
-    frontend_.engine.Drain();
+    frontend_.drain();
     Report();
   }
 
@@ -192,11 +191,7 @@ class AdminServiceImpl final : public v1::AdminService::CallbackService {
 
   grpc::ServerUnaryReactor* Resume(grpc::CallbackServerContext* context, const v1::ResumeRequest*,
                                    v1::ResumeResponse*) override {
-    return Answer(f_, context, Role::kAdmin, [&](const Caller&) {
-      f_.engine.Resume();
-      f_.set_ready(true);
-      return absl::OkStatus();
-    });
+    return Answer(f_, context, Role::kAdmin, [&](const Caller&) { return f_.resume(); });
   }
 
  private:

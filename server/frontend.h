@@ -26,8 +26,10 @@ struct Frontend {
   int64_t max_header_bytes;
   std::string device;
   std::string model_path;
-  // Tells health checks whether new requests are welcome; nothing is refused by it.
-  std::function<void(bool)> set_ready;
+  // Takes no new requests, and tells health checks so, until Resume.
+  std::function<void()> drain;
+  // FailedPrecondition once the process is about to end.
+  std::function<absl::Status()> resume;
   // Starts an orderly end of the process, as SIGTERM does (AdminService.Drain with shutdown).
   std::function<void()> request_shutdown;
   std::string instance_id = NewId("ls-");

@@ -67,6 +67,7 @@ class NeedleRuns {
     } else {
       completed->set_run_id(NewId("needle-"));
     }
+    if (frontend_.engine.Stats().draining) return absl::UnavailableError("the server is draining");
     auto prompter = PrompterFor(*completed);
     if (!prompter.ok()) return prompter.status();
     if (absl::Status s = CheckLengths(*completed, **prompter); !s.ok()) return s;

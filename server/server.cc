@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
 #include "server/admin_service.h"
 #include "server/attention_service.h"
@@ -48,6 +49,8 @@ struct Server::Impl {
   std::unique_ptr<HttpDoor> http;
   int grpc_port = 0;
   std::atomic<bool> ready{false};
+  absl::Mutex drain_mu;  // a Resume comes before the end of the process begins, or is refused
+  bool stopping ABSL_GUARDED_BY(drain_mu) = false;
 
   absl::Status Load(const std::function<void()>& request_shutdown);
   absl::Status Listen(std::function<void()> request_shutdown);
@@ -56,6 +59,18 @@ struct Server::Impl {
     ready = value;
     if (auto* health = grpc->GetHealthCheckService())
       health->SetServingStatus(kReadyService, value);
+  }
+  void Drain() {
+    absl::MutexLock lock(&drain_mu);
+    SetReady(false);
+    engine->Drain();
+  }
+  absl::Status Resume() {
+    absl::MutexLock lock(&drain_mu);
+    if (stopping) return absl::FailedPreconditionError("the server is shutting down");
+    engine->Resume();
+    SetReady(true);
+    return absl::OkStatus();
   }
 };
 
@@ -115,7 +130,7 @@ absl::Status Server::Impl::Listen(std::function<void()> request_shutdown) {
   conversion.max_prompt_bytes = config.max_prompt_bytes;
   frontend.reset(new Frontend{*engine, *metrics, *watchdog, *access, std::move(conversion),
                               config.max_header_bytes, backend->name(), config.model,
-                              [this](bool value) { SetReady(value); },
+                              [this] { Drain(); }, [this] { return Resume(); },
                               std::move(request_shutdown)});
 
   grpc::EnableDefaultHealthCheckService(true);
@@ -241,7 +256,11 @@ void Server::LogReady(absl::Duration after) const {
 }
 
 int Server::DrainAndStop() {
-  impl_->SetReady(false);
+  {
+    absl::MutexLock lock(&impl_->drain_mu);
+    impl_->stopping = true;
+    impl_->SetReady(false);
+  }
   absl::SleepFor(impl_->config.withdrawal_grace);
   impl_->engine->Drain();
   int aborted = 0;

@@ -12,12 +12,14 @@
 #include "absl/time/clock.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "longspan/v1/needle.grpc.pb.h"
 #include "tests/support/paths.h"
 #include "tests/support/test_server.h"
 
 namespace longspan {
 namespace {
 
+using testing::CallRaw;
 using testing::DetailOf;
 using ::testing::HasSubstr;
 using ::testing::Not;
@@ -617,6 +619,20 @@ TEST(ServerLife, AReaderThatStopsIsCutOffAndSlowsNobody) {
   EXPECT_THAT(status.error_message(), HasSubstr("300ms"));
 }
 
+// Clients look for UNIMPLEMENTED to try an older version of a service.
+TEST(ServerLife, MethodsThatAreNotThereAreUnimplementedAndShareOneSeries) {
+  TestServer server;
+  for (const char* method : {"/longspan.v1.InferenceService/Nothing", "/x.Y/z",
+                             "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"}) {
+    std::string response;
+    EXPECT_EQ(CallRaw(server.channel(), method, "", &response).error_code(), grpc::UNIMPLEMENTED)
+        << method;
+  }
+  EXPECT_EQ(server.Metric("longspan_rpc_handled_total{code=\"UNIMPLEMENTED\",method=\"unknown\"}"),
+            3);
+  EXPECT_THAT(server.Get("/metrics").body, Not(HasSubstr("x.Y")));
+}
+
 TEST(ServerLife, DrainRefusesNewRequestsFinishesAcceptedOnesAndCanBeTakenBack) {
   TestServer server;
   auto stub = server.inference();
@@ -634,6 +650,14 @@ TEST(ServerLife, DrainRefusesNewRequestsFinishesAcceptedOnesAndCanBeTakenBack) {
   grpc::ClientContext late;
   v1::CompleteResponse response;
   EXPECT_EQ(stub->Complete(&late, Prompt("Once", 1), &response).error_code(), grpc::UNAVAILABLE);
+  grpc::ClientContext needles;
+  v1::RunNeedleRequest run;
+  run.add_context_lengths(256);
+  run.add_depth_percents(50);
+  v1::RunNeedleResponse cell;
+  auto cells = v1::NeedleService::NewStub(server.channel())->RunNeedle(&needles, run);
+  EXPECT_FALSE(cells->Read(&cell));
+  EXPECT_EQ(cells->Finish().error_code(), grpc::UNAVAILABLE);
   accepted->Cancel();
   while (reader->Read(&progress)) {
   }
@@ -685,6 +709,13 @@ TEST(ServerLife, StopsInTheOrderOfSigterm) {
   EXPECT_TRUE(stub->Complete(&in_grace, Prompt("Once", 1), &response).ok());  // still taken
   absl::SleepFor(absl::Milliseconds(400));
   EXPECT_EQ(stub->Complete(&late, Prompt("Once", 1), &response).error_code(), grpc::UNAVAILABLE);
+  grpc::ClientContext too_late;
+  v1::ResumeResponse resumed;
+  const grpc::Status resume =
+      v1::AdminService::NewStub(server.channel())->Resume(&too_late, {}, &resumed);
+  EXPECT_EQ(resume.error_code(), grpc::FAILED_PRECONDITION);
+  EXPECT_EQ(resume.error_message(), "the server is shutting down");
+  EXPECT_EQ(server.Health(kInference), 2);
   stop.join();
   EXPECT_EQ(aborted, 1);
   EXPECT_EQ(accepted.Rest().error_code(), grpc::UNAVAILABLE);
