@@ -1,6 +1,5 @@
 """Limits of connections and calls, each met on the wire, with the numbers that the caller is told."""
 
-import socket
 import struct
 import time
 import unittest
@@ -10,39 +9,7 @@ from google.rpc import error_details_pb2
 from longspan.v1 import inference_pb2
 
 from harness import Server, completion, details
-
-SETTINGS, PING, GOAWAY = 0x4, 0x6, 0x7
-ENHANCE_YOUR_CALM = 0xB  # RFC 9113, section 7
-MAX_CONCURRENT_STREAMS = 0x3
-
-
-def frame(kind, payload=b"", flags=0, stream=0):
-    return struct.pack("!I", len(payload))[1:] + struct.pack("!BBI", kind, flags, stream) + payload
-
-
-class Http2:
-    """A connection that speaks frames."""
-
-    def __init__(self, address):
-        host, port = address.rsplit(":", 1)
-        self.socket = socket.create_connection((host, int(port)), timeout=10)
-        self.socket.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(SETTINGS))
-        self.stream = self.socket.makefile("rb")
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.stream.close()
-        self.socket.close()
-
-    def next(self, kind):
-        """The payload of the next frame of that kind; None if the connection ends before."""
-        while len(head := self.stream.read(9)) == 9:
-            payload = self.stream.read(int.from_bytes(head[:3], "big"))
-            if head[3] == kind:
-                return payload
-        return None
+from http2 import ENHANCE_YOUR_CALM, GOAWAY, MAX_CONCURRENT_STREAMS, PING, SETTINGS, Http2, frame, settings
 
 
 class Limits(unittest.TestCase):
@@ -87,9 +54,8 @@ class Limits(unittest.TestCase):
 
     def test_the_streams_of_a_connection_are_told_at_its_start(self):
         with Http2(self.server.grpc) as connection:
-            settings = connection.next(SETTINGS)
-        values = dict(struct.unpack_from("!HI", settings, at) for at in range(0, len(settings), 6))
-        self.assertEqual(values[MAX_CONCURRENT_STREAMS], 7)
+            told = settings(connection.next(SETTINGS))
+        self.assertEqual(told[MAX_CONCURRENT_STREAMS], 7)
 
     def test_a_flood_of_pings_ends_the_connection(self):
         with Http2(self.server.grpc) as connection:
