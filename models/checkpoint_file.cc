@@ -4,6 +4,7 @@
 #include <signal.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -11,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <filesystem>
+#include <initializer_list>
 #include <mutex>
 #include <utility>
 
@@ -30,8 +32,14 @@ constexpr int kMaxMappings =
 Mapping mappings[kMaxMappings];
 struct sigaction previous_action;
 
-void WriteText(const char* text) {
-  if (write(STDERR_FILENO, text, strlen(text)) < 0) return;  // nowhere left to complain
+// In one write: several threads can meet the end of a file at once.
+void WriteLine(std::initializer_list<const char*> parts) {
+  iovec vector[4];
+  int count = 0;
+  for (const char* part : parts) {
+    vector[count++] = {const_cast<char*>(part), strlen(part)};
+  }
+  if (writev(STDERR_FILENO, vector, count) < 0) return;  // nowhere left to complain
 }
 
 void OnBusError(int signal, siginfo_t* info, void* context) {
@@ -41,9 +49,8 @@ void OnBusError(int signal, siginfo_t* info, void* context) {
     if (begin == 0 || address < begin || address >= mapping.end.load(std::memory_order_acquire)) {
       continue;
     }
-    WriteText("longspan: ");
-    WriteText(mapping.path);
-    WriteText(": the file became shorter, or unreadable, while it was in use\n");
+    WriteLine({"longspan: ", mapping.path,
+               ": the file became shorter, or unreadable, while it was in use\n"});
     _exit(kFileShrankExitCode);
   }
   if ((previous_action.sa_flags & SA_SIGINFO) != 0) {
