@@ -38,7 +38,7 @@ struct ServerConfig {
   // A million packed token ids are 3-4 MB; above 64 MiB, so that a prompt of 64 MiB is still
   // answered by us, with the field's name.
   int64_t max_message_bytes = 65 << 20;
-  int64_t max_prompt_bytes = 8 << 20;   // checked before tokenizing, which takes a second per 8 MiB
+  int64_t max_prompt_bytes = 8 << 20;   // checked before tokenizing, which takes seconds for 8 MiB
   int max_concurrent_streams = 1024;    // of one connection
   int64_t max_header_bytes = 16 << 10;  // of one call: a key, a trace and an id fit often
   // Clients that balance by name look it up again only when they connect anew.

@@ -12,6 +12,7 @@
 #include "engine/engine.h"
 #include "server/access.h"
 #include "server/metrics.h"
+#include "server/prompt_worker.h"
 #include "server/request_conversion.h"
 #include "server/stall_watchdog.h"
 
@@ -22,6 +23,7 @@ struct Frontend {
   Metrics& metrics;
   StallWatchdog& watchdog;
   Access& access;
+  PromptWorker& prompt_worker;
   ConversionContext conversion;
   int64_t max_header_bytes;
   std::string device;

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <chrono>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <string>
 #include <utility>
@@ -83,9 +84,34 @@ void Complete(v1::ChatResponse* response) {
   }
 }
 
+// A call that begins on gRPC's thread, or on the prompt worker if its message is long. OnDone may
+// come before the worker has returned; whichever is last deletes the call.
+class Beginning {
+ public:
+  virtual ~Beginning() = default;
+
+ protected:
+  void Begin(const Frontend& frontend, size_t bytes, std::function<void()> start) {
+    if (bytes <= PromptWorker::kLongBytes) return start();
+    ++holds_;
+    frontend.prompt_worker.Run([this, start = std::move(start)] {
+      start();
+      Release();
+    });
+  }
+  void Release() {
+    if (--holds_ == 0) delete this;
+  }
+  // Set by OnCancel, which on the worker can come before there is anything to cancel.
+  std::atomic<bool> cancelled_{false};
+
+ private:
+  std::atomic<int> holds_{1};
+};
+
 // One unary call. Lives until both OnDone and the request's last event have come.
 template <class RequestMessage, class ResponseMessage>
-class UnaryCall : public grpc::ServerUnaryReactor {
+class UnaryCall : public grpc::ServerUnaryReactor, private Beginning {
  public:
   UnaryCall(const Frontend& frontend, const char* method, grpc::CallbackServerContext* context,
             const RequestMessage& message, ResponseMessage* response)
@@ -96,34 +122,41 @@ class UnaryCall : public grpc::ServerUnaryReactor {
       return;
     }
     log_.SetKey(caller->name());
-    auto request = ToRequest(message, frontend.conversion);
+    Begin(frontend, message.ByteSizeLong(),
+          [this, message = &message, caller = *std::move(caller)] { Start(*message, caller); });
+  }
+
+ private:
+  void Start(const RequestMessage& message, const Caller& caller) {
+    if (cancelled_) return End(absl::CancelledError("cancelled by the client"));
+    auto request = ToRequest(message, frontend_.conversion);
     if (!request.ok()) {
       End(request.status());
       return;
     }
-    auto lease = caller->Begin(request->id, static_cast<int64_t>(request->prompt.size()));
+    auto lease = caller.Begin(request->id, static_cast<int64_t>(request->prompt.size()));
     if (!lease.ok()) {
       End(lease.status());
       return;
     }
     lease_ = *std::move(lease);
-    request->deadline = DeadlineOf(*context);
-    context->AddInitialMetadata("x-request-id", request->id);
+    request->deadline = DeadlineOf(*context_);
+    context_->AddInitialMetadata("x-request-id", request->id);
     id_ = request->id;
-    Base(response)->set_request_id(id_);
-    Base(response)->set_model(frontend.conversion.model_names.front());
-    Base(response)->set_created_unix_seconds(absl::ToUnixSeconds(absl::Now()));
-    builder_ = std::make_unique<CompletionBuilder>(frontend, Base(message), *request);
+    Base(response_)->set_request_id(id_);
+    Base(response_)->set_model(frontend_.conversion.model_names.front());
+    Base(response_)->set_created_unix_seconds(absl::ToUnixSeconds(absl::Now()));
+    builder_ = std::make_unique<CompletionBuilder>(frontend_, Base(message), *request);
     submitted_ = true;
     const absl::Status status =
-        frontend.Submit(*std::move(request), [this](Event event) { OnEvent(std::move(event)); });
+        frontend_.Submit(*std::move(request), [this](Event event) { OnEvent(std::move(event)); });
     if (!status.ok()) {
       submitted_ = false;
       End(status);
+    } else if (cancelled_) {
+      CancelRequest();
     }
   }
-
- private:
   void OnEvent(Event event) {
     builder_->Add(event, Base(response_));
     if (event.kind == Event::Kind::kFinished) {
@@ -140,9 +173,13 @@ class UnaryCall : public grpc::ServerUnaryReactor {
     Finish(ToGrpc(status, context_));
   }
   void OnCancel() override {
+    cancelled_ = true;
+    CancelRequest();
+  }
+  void CancelRequest() {
     if (submitted_ && !ended_.load()) frontend_.engine.Cancel(id_);
   }
-  void OnDone() override { delete this; }
+  void OnDone() override { Release(); }
 
   const Frontend& frontend_;
   RequestLog log_;
@@ -158,7 +195,7 @@ class UnaryCall : public grpc::ServerUnaryReactor {
 // One stream. At most one write is outstanding; what comes meanwhile waits, coalesced, in the
 // outbox.
 template <class RequestMessage, class ResponseMessage>
-class StreamCall : public grpc::ServerWriteReactor<ResponseMessage> {
+class StreamCall : public grpc::ServerWriteReactor<ResponseMessage>, private Beginning {
  public:
   StreamCall(const Frontend& frontend, const char* method, grpc::CallbackServerContext* context,
              const RequestMessage& message)
@@ -169,33 +206,41 @@ class StreamCall : public grpc::ServerWriteReactor<ResponseMessage> {
       return;
     }
     log_.SetKey(caller->name());
-    auto request = ToRequest(Inner(message), frontend.conversion);
+    Begin(frontend, message.ByteSizeLong(),
+          [this, message = &message, caller = *std::move(caller)] { Start(*message, caller); });
+  }
+
+ private:
+  void Start(const RequestMessage& message, const Caller& caller) {
+    if (cancelled_) return Refuse(absl::CancelledError("cancelled by the client"));
+    auto request = ToRequest(Inner(message), frontend_.conversion);
     if (!request.ok()) {
       Refuse(request.status());
       return;
     }
-    auto lease = caller->Begin(request->id, static_cast<int64_t>(request->prompt.size()));
+    auto lease = caller.Begin(request->id, static_cast<int64_t>(request->prompt.size()));
     if (!lease.ok()) {
       Refuse(lease.status());
       return;
     }
     lease_ = *std::move(lease);
-    request->deadline = DeadlineOf(*context);
-    context->AddInitialMetadata("x-request-id", request->id);
+    request->deadline = DeadlineOf(*context_);
+    context_->AddInitialMetadata("x-request-id", request->id);
     id_ = request->id;
-    builder_ = std::make_unique<StreamBuilder>(frontend, Base(Inner(message)), *request,
+    builder_ = std::make_unique<StreamBuilder>(frontend_, Base(Inner(message)), *request,
                                                message.include_usage());
-    stream_ = frontend.watchdog.Add([this] { OnStall(); });
+    stream_ = frontend_.watchdog.Add([this] { OnStall(); });
     submitted_ = true;
     const absl::Status status =
-        frontend.Submit(*std::move(request), [this](Event event) { OnEvent(std::move(event)); });
+        frontend_.Submit(*std::move(request), [this](Event event) { OnEvent(std::move(event)); });
     if (!status.ok()) {
       submitted_ = false;
       Refuse(status);
+    } else if (cancelled_) {
+      Abandon();
     }
   }
 
- private:
   // What is to be done once the lock is released: the last of these may delete the call.
   enum class Action { kNone, kWrite, kFinish };
 
@@ -285,7 +330,10 @@ class StreamCall : public grpc::ServerWriteReactor<ResponseMessage> {
     grpc_call_cancel_with_status(context_->c_call(), GRPC_STATUS_RESOURCE_EXHAUSTED,
                                  std::string(Stalled().message()).c_str(), nullptr);
   }
-  void OnCancel() override { Abandon(); }
+  void OnCancel() override {
+    cancelled_ = true;
+    Abandon();
+  }
   // Not once the request has ended: its id may be another's by then.
   void Abandon() {
     {
@@ -296,7 +344,7 @@ class StreamCall : public grpc::ServerWriteReactor<ResponseMessage> {
   }
   void OnDone() override {
     if (stream_ != 0) frontend_.watchdog.Remove(stream_);
-    delete this;
+    Release();
   }
 
   const Frontend& frontend_;
@@ -348,7 +396,7 @@ class InferenceServiceImpl final : public v1::InferenceService::CallbackService 
   grpc::ServerUnaryReactor* Tokenize(grpc::CallbackServerContext* context,
                                      const v1::TokenizeRequest* request,
                                      v1::TokenizeResponse* response) override {
-    return Logged(context, "Tokenize", [&](const Caller&) -> absl::Status {
+    const auto body = [this, request, response](const Caller&) -> absl::Status {
       if (absl::Status s = CheckModel(request->model(), f_.conversion); !s.ok()) return s;
       std::vector<int32_t> ids;
       switch (request->input_case()) {
@@ -378,7 +426,8 @@ class InferenceServiceImpl final : public v1::InferenceService::CallbackService 
       }
       response->set_max_model_len(f_.conversion.max_context);
       return absl::OkStatus();
-    });
+    };
+    return Logged(context, "Tokenize", body, request->ByteSizeLong());
   }
 
   grpc::ServerUnaryReactor* Detokenize(grpc::CallbackServerContext* context,
@@ -412,16 +461,29 @@ class InferenceServiceImpl final : public v1::InferenceService::CallbackService 
   }
 
  private:
+  // On the prompt worker if the message has many bytes; body holds what it uses by value then.
   template <class Body>
   grpc::ServerUnaryReactor* Logged(grpc::CallbackServerContext* context, const char* method,
-                                   const Body& body) {
+                                   const Body& body, size_t bytes = 0) {
+    grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
+    const auto caller = f_.Authenticate(*context, Role::kUser);
+    if (!caller.ok()) {
+      reactor->Finish(ToGrpc(caller.status(), context));
+      return reactor;
+    }
     RequestLog log(*context, method);
-    return Answer(f_, context, Role::kUser, [&](const Caller& caller) {
-      log.SetKey(caller.name());
+    log.SetKey(caller->name());
+    const auto answer = [log, body, context, reactor, caller = *caller] {
       const absl::Status status = body(caller);
       log.End("", status);
-      return status;
-    });
+      reactor->Finish(ToGrpc(status, context));
+    };
+    if (bytes > PromptWorker::kLongBytes) {
+      f_.prompt_worker.Run(answer);
+    } else {
+      answer();
+    }
+    return reactor;
   }
 
   const Frontend& f_;

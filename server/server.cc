@@ -43,6 +43,7 @@ struct Server::Impl {
   std::unique_ptr<Metrics> metrics;
   std::unique_ptr<Engine> engine;
   std::unique_ptr<StallWatchdog> watchdog;
+  std::unique_ptr<PromptWorker> prompt_worker;
   std::unique_ptr<Frontend> frontend;
   std::vector<std::unique_ptr<grpc::Service>> services;
   std::unique_ptr<grpc::Server> grpc;
@@ -121,6 +122,7 @@ absl::Status Server::Impl::Load(const std::function<void()>& request_shutdown) {
 
 absl::Status Server::Impl::Listen(std::function<void()> request_shutdown) {
   watchdog = std::make_unique<StallWatchdog>(config.stall_timeout);
+  prompt_worker = std::make_unique<PromptWorker>();
   ConversionContext conversion;
   conversion.tokenizer = model.tokenizer.get();
   conversion.chat_template = model.chat_template.get();
@@ -128,9 +130,9 @@ absl::Status Server::Impl::Listen(std::function<void()> request_shutdown) {
   conversion.max_context = engine->options().max_context;
   conversion.model_names = config.names;
   conversion.max_prompt_bytes = config.max_prompt_bytes;
-  frontend.reset(new Frontend{*engine, *metrics, *watchdog, *access, std::move(conversion),
-                              config.max_header_bytes, backend->name(), config.model,
-                              [this] { Drain(); }, [this] { return Resume(); },
+  frontend.reset(new Frontend{*engine, *metrics, *watchdog, *access, *prompt_worker,
+                              std::move(conversion), config.max_header_bytes, backend->name(),
+                              config.model, [this] { Drain(); }, [this] { return Resume(); },
                               std::move(request_shutdown)});
 
   grpc::EnableDefaultHealthCheckService(true);

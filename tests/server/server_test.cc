@@ -619,6 +619,80 @@ TEST(ServerLife, AReaderThatStopsIsCutOffAndSlowsNobody) {
   EXPECT_THAT(status.error_message(), HasSubstr("300ms"));
 }
 
+// 800 KB take most of a second to tokenize, and gRPC has but a few threads.
+TEST(ServerLife, LongPromptsDoNotDelayOtherCalls) {
+  TestServer server;
+  auto stub = server.inference();
+  std::string text;
+  for (int i = 0; i < 160'000; ++i) text += "word ";
+  constexpr int kLong = 6;
+  std::vector<grpc::Status> refused(kLong);
+  std::vector<std::thread> clients;
+  std::atomic<int> answered{0};
+  for (int i = 0; i < kLong; ++i) {
+    clients.emplace_back([&, i] {
+      const auto channel = server.NewChannel();
+      const auto inference = v1::InferenceService::NewStub(channel);
+      grpc::ClientContext context;
+      v1::CompleteResponse response;
+      if (i % 3 == 0) {
+        v1::TokenizeRequest request;
+        request.set_text(text);
+        v1::TokenizeResponse tokens;
+        refused[i] = inference->Tokenize(&context, request, &tokens);
+      } else if (i % 3 == 1) {
+        refused[i] = inference->Complete(&context, Prompt(text, 1), &response);
+      } else {
+        v1::StreamCompleteRequest request;
+        *request.mutable_request() = Prompt(text, 1);
+        v1::StreamCompleteResponse message;
+        auto reader = inference->StreamComplete(&context, request);
+        while (reader->Read(&message)) {
+        }
+        refused[i] = reader->Finish();
+      }
+      ++answered;
+    });
+  }
+  absl::SleepFor(absl::Milliseconds(200));  // they have come
+  const absl::Time begin = absl::Now();
+  EXPECT_EQ(server.Health(""), 1);
+  grpc::ClientContext context;
+  v1::CompleteResponse response;
+  EXPECT_TRUE(stub->Complete(&context, Prompt("Once", 1), &response).ok());
+  EXPECT_LT(absl::Now() - begin, absl::Milliseconds(500));
+  EXPECT_LT(answered, kLong);  // meanwhile
+  for (std::thread& client : clients) client.join();
+  for (int i = 0; i < kLong; ++i) {
+    EXPECT_EQ(refused[i].error_code(), i % 3 == 0 ? grpc::OK : grpc::INVALID_ARGUMENT)
+        << refused[i].error_message();
+  }
+}
+
+TEST(ServerLife, CallsThatLeaveBeforeTheirLongPromptIsReadLeaveNothing) {
+  TestServer server;
+  auto stub = server.inference();
+  std::string text;
+  for (int i = 0; i < 10'000; ++i) text += "word ";  // fits the context
+  for (int round = 0; round < 20; ++round) {
+    grpc::ClientContext unary, stream;
+    for (auto* context : {&unary, &stream}) {
+      context->set_deadline(std::chrono::system_clock::now() +
+                            std::chrono::milliseconds(10 * round));
+    }
+    v1::CompleteResponse response;
+    EXPECT_EQ(stub->Complete(&unary, Prompt(text, 1000), &response).error_code(),
+              grpc::DEADLINE_EXCEEDED);
+    v1::StreamCompleteRequest request;
+    *request.mutable_request() = Prompt(text, 1000);
+    v1::StreamCompleteResponse message;
+    auto reader = stub->StreamComplete(&stream, request);
+    reader->Read(&message);
+    stream.TryCancel();
+    EXPECT_FALSE(reader->Finish().ok());
+  }
+}
+
 // Clients look for UNIMPLEMENTED to try an older version of a service.
 TEST(ServerLife, MethodsThatAreNotThereAreUnimplementedAndShareOneSeries) {
   TestServer server;
