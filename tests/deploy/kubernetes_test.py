@@ -183,6 +183,16 @@ class Rendered(unittest.TestCase):
         zero_is_plain = lambda text: 0 if text == "0" else seconds(text)
         self.assertGreaterEqual(waits, sum(map(zero_is_plain, default.values())) + 5 + 2)
 
+    def test_the_operator_names_the_jobs_as_prometheus_own_configuration_does(self):
+        own = yaml.safe_load((stack.ROOT / "deploy/prometheus/prometheus.yml").read_text())
+        jobs = {job["job_name"]: job.get("metrics_path", "/metrics") for job in own["scrape_configs"]}
+        for overlay, kind, field in (("monitoring", "ServiceMonitor", "endpoints"), ("inferencepool", "PodMonitor", "podMetricsEndpoints")):
+            endpoints = self.find(overlay, kind)["spec"][field]
+            named = {rule["replacement"]: e["path"] for e in endpoints for rule in e["relabelings"] if rule["targetLabel"] == "job"}
+            self.assertEqual(named, {name: jobs[name] for name in named}, overlay)
+            self.assertIn("longspan", named)
+            self.assertEqual(len(named), len(endpoints))
+
     def test_the_operators_rules_are_prometheus_own(self):
         own = yaml.safe_load((stack.ROOT / "deploy/prometheus/rules/longspan.yml").read_text())
         self.assertEqual(self.find("monitoring", "PrometheusRule")["spec"], own)
