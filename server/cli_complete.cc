@@ -112,19 +112,19 @@ int CompleteStream(v1::InferenceService::Stub& stub, const v1::CompleteRequest& 
   *stream_request.mutable_request() = request;
   stream_request.set_include_usage(true);
   auto reader = stub.StreamComplete(&context, stream_request);
-  v1::StreamCompleteResponse message;
+  v1::StreamCompleteResponse message, last;
+  bool open_line = false;
   while (reader->Read(&message)) {
     if (jsonl) {
       std::cout << ToJson(message, /*pretty=*/false) << std::endl;
     } else if (message.has_delta()) {
       std::cout << message.delta().text() << std::flush;
+      open_line = true;
     }
-    if (stats && message.has_usage()) {
-      if (!jsonl) std::cout << std::endl;
-      PrintStats(message.usage(), message.timings());
-    }
+    if (message.has_usage()) last = message;
   }
-  if (!jsonl) std::cout << std::endl;
+  if (open_line) std::cout << std::endl;
+  if (stats && last.has_usage()) PrintStats(last.usage(), last.timings());
   const grpc::Status status = reader->Finish();
   return status.ok() ? 0 : Fail("complete", status);
 }
@@ -139,7 +139,7 @@ int RunComplete(int argc, char** argv) {
   flags.String("prompt", &prompt, "TEXT", "the text to go on from; else standard input");
   flags.String("prompt-file", &prompt_file, "FILE", "or a file that holds it");
   knobs.Declare(flags);
-  flags.Int("n", &knobs.n, "choices; more than one is not streamed", 1, 64);
+  flags.Int("n", &knobs.n, "choices; more than one is streamed only with --jsonl", 1, 64);
   flags.Int("logprobs", &knobs.logprobs,
             "also the likeliest tokens, 0 to 20 (with --json); -1 is none", -1, 20);
   flags.Bool("echo", &knobs.echo, "print the prompt too");
@@ -158,8 +158,8 @@ int RunComplete(int argc, char** argv) {
   request.set_text(*text);
   knobs.Fill(&request);
   auto stub = v1::InferenceService::NewStub(Connect(knobs.target));
-  return json || knobs.n > 1 ? CompleteOnce(*stub, request, json)
-                             : CompleteStream(*stub, request, jsonl, knobs.stats);
+  return json || (knobs.n > 1 && !jsonl) ? CompleteOnce(*stub, request, json)
+                                         : CompleteStream(*stub, request, jsonl, knobs.stats);
 }
 
 int RunChat(int argc, char** argv) {
@@ -196,18 +196,17 @@ int RunChat(int argc, char** argv) {
     grpc::ClientContext context;
     auto reader = stub->StreamChat(&context, request);
     v1::StreamChatResponse message;
+    v1::StreamCompleteResponse last;
     std::string answer;
     while (reader->Read(&message)) {
       if (message.base().has_delta()) {
         answer += message.base().delta().text();
         std::cout << message.base().delta().text() << std::flush;
       }
-      if (knobs.stats && message.base().has_usage()) {
-        std::cout << std::endl;
-        PrintStats(message.base().usage(), message.base().timings());
-      }
+      if (message.base().has_usage()) last = message.base();
     }
-    std::cout << std::endl;
+    if (!answer.empty()) std::cout << std::endl;
+    if (knobs.stats && last.has_usage()) PrintStats(last.usage(), last.timings());
     if (const grpc::Status status = reader->Finish(); !status.ok()) return Fail("chat", status);
     if (!interactive) return 0;
     add("assistant", answer);

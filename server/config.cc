@@ -4,6 +4,7 @@
 
 #include "absl/status/statusor.h"
 #include "absl/strings/match.h"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "server/flags.h"
@@ -100,10 +101,23 @@ bool IsLoopback(absl::string_view address) {
           host.find_first_not_of("0123456789.") == absl::string_view::npos);
 }
 
+absl::Status CheckAddress(absl::string_view flag, absl::string_view address) {
+  if (address.empty() || absl::StartsWith(address, "unix:")) return absl::OkStatus();
+  int port = -1;
+  const size_t colon = address.rfind(':');
+  if (!absl::SimpleAtoi(address.substr(colon == absl::string_view::npos ? 0 : colon + 1), &port) ||
+      port < 0 || port > 65535) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "--", flag, " is '", address, "', must be HOST:PORT with a port from 0 to 65535"));
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 absl::Status Validate(const ServerConfig& c) {
   for (const auto& [flag, address] : {std::pair("grpc", c.grpc), {"http", c.http}}) {
+    if (absl::Status valid = CheckAddress(flag, address); !valid.ok()) return valid;
     if (address.empty() || IsLoopback(address) || !c.api_key_file.empty() || c.insecure) continue;
     return absl::InvalidArgumentError(
         absl::StrCat("--", flag, " ", address, " is reached from other machines: give ",

@@ -159,6 +159,15 @@ TEST_F(LiveServer, DataGoesToStdoutAndTheRestToStderr) {
   Result result = Run("complete --prompt 'Once upon a time' --max-tokens 8 --temperature 0 --json");
   ASSERT_EQ(result.exit, 0) << result.err;
   EXPECT_TRUE(nlohmann::json::accept(result.out)) << result.out;
+  result = Run("complete --prompt 'Once upon a time' --max-tokens 4 --n 2 --jsonl");
+  ASSERT_EQ(result.exit, 0) << result.err;
+  std::istringstream events(result.out);
+  int read = 0;
+  for (std::string line; std::getline(events, line); ++read) {
+    EXPECT_TRUE(nlohmann::json::accept(line)) << line;
+  }
+  EXPECT_GE(read, 3);  // each choice's end and the usage at least
+  EXPECT_EQ(Run("complete --prompt 'Once' --model nobody").out, "");
   result = Run("spans --json");
   ASSERT_EQ(result.exit, 0) << result.err;
   EXPECT_TRUE(nlohmann::json::accept(result.out));

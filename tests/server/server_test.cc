@@ -813,6 +813,12 @@ TEST(ServerLife, SaysWhatItCannotStartWith) {
   EXPECT_THAT(Refusal([](auto& c) { c.device = "tpu"; }), HasSubstr("--device is 'tpu'"));
   EXPECT_THAT(Refusal([](auto& c) { c.device = "cuda:x"; }), HasSubstr("cuda:x"));
   EXPECT_THAT(Refusal([](auto& c) { c.cache_bytes = 1; }), HasSubstr("1"));
+  for (const char* address : {"127.0.0.1:99999", "127.0.0.1:-1", "127.0.0.1:", "nonsense"}) {
+    for (auto field : {&ServerConfig::grpc, &ServerConfig::http}) {
+      EXPECT_THAT(Refusal([&](auto& c) { c.*field = address; }),
+                  HasSubstr(absl::StrCat("is '", address, "', must be HOST:PORT")));
+    }
+  }
   EXPECT_THAT(Refusal([](auto& c) { c.grpc = "256.0.0.1:1", c.insecure = true; }),
               HasSubstr("256.0.0.1:1"));
 }
