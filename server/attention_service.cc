@@ -51,7 +51,7 @@ class Watch : public grpc::ServerWriteReactor<v1::WatchAttentionSpansResponse> {
  public:
   Watch(const Frontend& frontend, grpc::CallbackServerContext* context,
         const v1::WatchAttentionSpansRequest& request)
-      : frontend_(frontend), layers_(LayersOf(request.filter())) {
+      : frontend_(frontend), context_(context), layers_(LayersOf(request.filter())) {
     absl::Status status = frontend.Authenticate(*context, Role::kUser).status();
     if (status.ok()) status = Check(request.filter(), frontend);
     if (request.has_interval()) {
@@ -68,11 +68,17 @@ class Watch : public grpc::ServerWriteReactor<v1::WatchAttentionSpansResponse> {
     }
     last_ = frontend_.engine.spans().Snapshot();
     *response_.mutable_snapshot() = ToProto(last_, *frontend_.conversion.spec, layers_);
-    StartWrite(&response_);
+    stream_ = frontend_.watchdog.Add([this] { context_->TryCancel(); });
+    Write();
   }
 
  private:
+  void Write() {
+    frontend_.watchdog.WriteBegan(stream_);
+    StartWrite(&response_);
+  }
   void OnWriteDone(bool ok) override {
+    frontend_.watchdog.WriteEnded(stream_);
     if (!ok) {
       Finish(grpc::Status::CANCELLED);
       return;
@@ -91,16 +97,21 @@ class Watch : public grpc::ServerWriteReactor<v1::WatchAttentionSpansResponse> {
         ToProto(Difference(now, last_), *frontend_.conversion.spec, layers_);
     response_.set_delta(true);
     last_ = std::move(now);
-    StartWrite(&response_);
+    Write();
   }
   void OnCancel() override {
     cancelled_.store(true);
     alarm_.Cancel();
   }
-  void OnDone() override { delete this; }
+  void OnDone() override {
+    if (stream_ != 0) frontend_.watchdog.Remove(stream_);
+    delete this;
+  }
 
   const Frontend& frontend_;
+  grpc::CallbackServerContext* const context_;
   const std::vector<uint32_t> layers_;
+  uint64_t stream_ = 0;
   absl::Duration interval_ = absl::Seconds(1);
   SpanSnapshot last_;
   v1::WatchAttentionSpansResponse response_;

@@ -16,7 +16,7 @@ import grpc
 from longspan.v1 import inference_pb2
 
 from harness import completion, streamed
-from http2 import (ACK, END_STREAM, HEADERS, INITIAL_WINDOW_SIZE, MAX_FRAME_SIZE, PING, PREFACE, SETTINGS,
+from http2 import (ACK, END_STREAM, HEADERS, INITIAL_WINDOW_SIZE, MAX_FRAME_SIZE, PING, PREFACE, RST_STREAM, SETTINGS,
                    WINDOW_UPDATE, Http2, dial, frame, grpc_call, settings)
 from vitals import FaultCase, descriptors, eventually, gauges
 
@@ -121,6 +121,13 @@ class Clients(FaultCase):
                                 if kind == HEADERS and flags & END_STREAM)
                 self.assertIn(b"grpc-status\x018", trailers)  # RESOURCE_EXHAUSTED
                 self.assertIn(b"the reader took nothing for 1s (--stall-timeout)", trailers)
+
+    def test_a_watcher_that_takes_nothing_is_cut_off(self):
+        with Http2(self.server.grpc, {INITIAL_WINDOW_SIZE: 0}) as watcher:
+            watcher.socket.sendall(grpc_call("/longspan.v1.AttentionService/WatchAttentionSpans", b""))
+            end = next((kind for kind, flags, _ in watcher.frames()
+                        if kind == RST_STREAM or (kind == HEADERS and flags & END_STREAM)), None)
+            self.assertIsNotNone(end, "the connection ended, or nothing did")
 
     def test_a_stream_read_by_a_byte_a_second_is_cut_off(self):
         with contextlib.ExitStack() as stack:  # only the sockets hold it up
