@@ -233,7 +233,8 @@ Server::~Server() {
     impl_->grpc->Wait();
   }
   impl_->services.clear();
-  impl_->engine.reset();  // before the metrics and the model that its thread uses
+  impl_->prompt_worker.reset();  // its last job may still be on its way out of a call that ended
+  impl_->engine.reset();         // before the metrics and the model that its thread uses
 }
 
 int Server::grpc_port() const { return impl_->grpc_port; }
