@@ -92,9 +92,8 @@ class Beginning {
 
  protected:
   void Begin(const Frontend& frontend, size_t bytes, std::function<void()> start) {
-    if (bytes <= PromptWorker::kLongBytes) return start();
     ++holds_;
-    frontend.prompt_worker.Run([this, start = std::move(start)] {
+    frontend.prompt_worker.Run(bytes, [this, start = std::move(start)] {
       start();
       Release();
     });
@@ -461,29 +460,19 @@ class InferenceServiceImpl final : public v1::InferenceService::CallbackService 
   }
 
  private:
-  // On the prompt worker if the message has many bytes; body holds what it uses by value then.
   template <class Body>
   grpc::ServerUnaryReactor* Logged(grpc::CallbackServerContext* context, const char* method,
                                    const Body& body, size_t bytes = 0) {
-    grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
-    const auto caller = f_.Authenticate(*context, Role::kUser);
-    if (!caller.ok()) {
-      reactor->Finish(ToGrpc(caller.status(), context));
-      return reactor;
-    }
-    RequestLog log(*context, method);
-    log.SetKey(caller->name());
-    const auto answer = [log, body, context, reactor, caller = *caller] {
-      const absl::Status status = body(caller);
-      log.End("", status);
-      reactor->Finish(ToGrpc(status, context));
-    };
-    if (bytes > PromptWorker::kLongBytes) {
-      f_.prompt_worker.Run(answer);
-    } else {
-      answer();
-    }
-    return reactor;
+    return Answer(
+        f_, context, Role::kUser,
+        [body, log = RequestLog(*context, method)](const Caller& caller) {
+          RequestLog named = log;
+          named.SetKey(caller.name());
+          const absl::Status status = body(caller);
+          named.End("", status);
+          return status;
+        },
+        bytes);
   }
 
   const Frontend& f_;

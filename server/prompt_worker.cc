@@ -14,7 +14,8 @@ PromptWorker::~PromptWorker() {
   thread_.join();
 }
 
-void PromptWorker::Run(std::function<void()> job) {
+void PromptWorker::Run(size_t bytes, std::function<void()> job) {
+  if (bytes <= kLongBytes) return job();
   absl::MutexLock lock(&mu_);
   jobs_.push_back(std::move(job));
 }

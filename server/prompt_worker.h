@@ -2,6 +2,7 @@
 // A thread for long prompts. Tokenizing megabytes takes seconds and about 100 bytes of memory for
 // each of theirs; on gRPC's own threads, which are few, it would stop every other call, health
 // checks among them. One at a time bounds the memory.
+#include <cstddef>
 #include <deque>
 #include <functional>
 #include <thread>
@@ -20,8 +21,8 @@ class PromptWorker {
   PromptWorker();
   ~PromptWorker();  // runs what was given
 
-  // Runs `job` on the thread, in order. Never waits.
-  void Run(std::function<void()> job);
+  // Runs `job` of a message of so many bytes: at once, or if they are many on the thread, in order.
+  void Run(size_t bytes, std::function<void()> job);
 
  private:
   void Loop();
