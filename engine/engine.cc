@@ -102,7 +102,6 @@ absl::Status Engine::Submit(Request request, EventSink sink) {
   if (!impl.failure.ok()) return impl.failure;
   if (impl.stop || impl.draining) return absl::UnavailableError("the server is draining");
   if (!impl.cache->CouldEverFit(most)) {
-    ++impl.refused_never_fits;
     const CacheDemand demand = DemandOf(impl.cache->shape(), most);
     return WithReason(absl::ResourceExhaustedError(absl::StrCat(
                           "can never fit: ", most, " tokens need ", demand.paged_pages, " paged + ",
@@ -111,7 +110,6 @@ absl::Status Engine::Submit(Request request, EventSink sink) {
                       "NEVER_FITS");
   }
   if (tokens > limits.max_queued_tokens) {
-    ++impl.refused_never_fits;
     return WithReason(absl::ResourceExhaustedError(absl::StrCat("can never fit: the prompt has ",
                                                                 tokens, " tokens, the queue holds ",
                                                                 limits.max_queued_tokens)),
@@ -121,14 +119,12 @@ absl::Status Engine::Submit(Request request, EventSink sink) {
     return absl::AlreadyExistsError(absl::StrCat("request_id: ", request.id, " is in flight"));
   }
   if (impl.waiting_requests >= limits.max_queued_requests) {
-    ++impl.refused_queue_full;
     return WithReason(absl::ResourceExhaustedError(absl::StrCat(
                           "queue is full: ", impl.waiting_requests, " requests wait, the limit is ",
                           limits.max_queued_requests)),
                       "QUEUE_FULL");
   }
   if (impl.waiting_tokens + tokens > limits.max_queued_tokens) {
-    ++impl.refused_queue_full;
     return WithReason(
         absl::ResourceExhaustedError(absl::StrCat(
             "queue is full: ", impl.waiting_tokens, " prompt tokens wait and this request has ",
@@ -195,8 +191,6 @@ EngineStats Engine::Stats() const {
   EngineStats stats = impl_->stats;
   stats.queued += static_cast<int>(impl_->inbox.size());
   stats.queued_tokens = impl_->waiting_tokens;
-  stats.refused_never_fits = impl_->refused_never_fits;
-  stats.refused_queue_full = impl_->refused_queue_full;
   stats.draining = impl_->draining;
   return stats;
 }

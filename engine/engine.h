@@ -40,8 +40,7 @@ struct EngineStats {
   uint64_t prompt_tokens = 0, cached_prompt_tokens = 0;  // cached: read with another choice's
   uint64_t generation_tokens = 0, preemptions = 0, steps = 0;
   uint64_t step_rows = 0;
-  uint64_t finished_stop = 0, finished_length = 0, cancelled = 0, deadline_exceeded = 0, failed = 0,
-           refused_never_fits = 0, refused_queue_full = 0;
+  uint64_t finished_stop = 0, finished_length = 0, cancelled = 0, deadline_exceeded = 0, failed = 0;
   double step_seconds = 0;  // spent in steps, all together
   bool draining = false;
 };

@@ -123,8 +123,6 @@ struct Engine::Impl {
   // Accepted requests none of whose choices ever ran, and their prompts.
   int waiting_requests ABSL_GUARDED_BY(mu) = 0;
   int64_t waiting_tokens ABSL_GUARDED_BY(mu) = 0;
-  uint64_t refused_never_fits ABSL_GUARDED_BY(mu) = 0;
-  uint64_t refused_queue_full ABSL_GUARDED_BY(mu) = 0;
   bool draining ABSL_GUARDED_BY(mu) = false;
   absl::Status failure ABSL_GUARDED_BY(mu);  // of the device; for good
   bool stop ABSL_GUARDED_BY(mu) = false;

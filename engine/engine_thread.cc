@@ -106,7 +106,7 @@ void Engine::Impl::Admit(Incoming incoming) {
   made->seed = incoming.seed;
   made->submitted = incoming.submitted;
   made->arrival = next_arrival++;
-  made->unfinished = made->request.n;
+  made->unfinished = static_cast<int>(made->request.n);
   made->choices.resize(made->request.n);
   if (made->request.output.attention_spans) made->spans = EmptySums(model.spec());
   const std::string id = made->request.id;
@@ -290,7 +290,7 @@ absl::Span<const float> Engine::Impl::HostLogits(const View& logits, bool copy) 
 
 void Engine::Impl::ReadPromptLogprobs(const BatchItem& item, Active& active, int first_row) {
   const std::vector<int32_t>& prompt = active.request.prompt;
-  const int top = *active.request.output.prompt_logprobs;
+  const int top = static_cast<int>(*active.request.output.prompt_logprobs);
   const int64_t vocab = model.spec().vocab;
   // Nothing comes before token 0.
   if (active.prompt_logprobs.empty()) active.prompt_logprobs.emplace_back();

@@ -223,6 +223,7 @@ CacheUsage KvCache::CountUsage() const {
   };
   if (paged_ != nullptr) {
     usage.paged_pages_free = free_pages(*paged_, {.ring_pages = usage.ring_pages_used});
+    usage.paged_pages_total = int64_t{numbers_.superblocks} * paged_->pool().pages_per_superblock();
   }
   if (ring_ != nullptr) {
     usage.ring_pages_free = free_pages(*ring_, {.paged_pages = usage.paged_pages_used});

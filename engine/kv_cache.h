@@ -65,6 +65,7 @@ struct CacheUsage {
   int64_t total_bytes = 0, used_bytes = 0;  // used: pages with references × page bytes
   int64_t paged_pages_used = 0, ring_pages_used = 0;
   int64_t paged_pages_free = 0, ring_pages_free = 0;  // each if the other kind took nothing more
+  int64_t paged_pages_total = 0;                      // of a cache that holds nothing else
   int superblocks_total = 0, superblocks_free = 0;
   int sequences = 0;
 };

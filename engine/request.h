@@ -1,5 +1,6 @@
 #pragma once
-// What goes into the engine and what comes out: requests, knobs, events. Plain values.
+// What goes into the engine and what comes out: requests, knobs, events. Plain values. Counts and
+// token ids are wide enough for whatever a client may ask, so that a refusal can tell it.
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -21,28 +22,28 @@ absl::Status WithReason(absl::Status status, absl::string_view reason);
 
 struct SamplingParams {
   float temperature = 1;                              // 0: greedy
-  int top_k = 0;                                      // 0: off
+  int64_t top_k = 0;                                  // 0: off
   float top_p = 1;                                    // (0, 1]
   float min_p = 0;                                    // [0, 1]
   float presence_penalty = 0;                         // [-2, 2]
   float frequency_penalty = 0;                        // [-2, 2]
   float repetition_penalty = 1;                       // (0, 2]; over prompt and output
   std::optional<uint64_t> seed;                       // unset: drawn at random by Engine::Submit
-  std::vector<std::pair<int32_t, float>> logit_bias;  // [-100, 100] each
+  std::vector<std::pair<int64_t, float>> logit_bias;  // by token; [-100, 100] each
 };
 
 struct StoppingParams {
-  int max_tokens = 16;
-  int min_tokens = 0;             // eos, stop ids and stop strings do not end it before
+  int64_t max_tokens = 16;
+  int64_t min_tokens = 0;         // eos, stop ids and stop strings do not end it before
   std::vector<std::string> stop;  // valid UTF-8, not empty
-  std::vector<int32_t> stop_token_ids;
+  std::vector<int64_t> stop_token_ids;
   bool ignore_eos = false;
   bool include_stop_in_output = false;
 };
 
 struct OutputParams {
-  std::optional<int> logprobs;         // chosen token plus this many of the top; 0..20
-  std::optional<int> prompt_logprobs;  // the same for each prompt token
+  std::optional<int64_t> logprobs;         // chosen token plus this many of the top; 0..20
+  std::optional<int64_t> prompt_logprobs;  // the same for each prompt token
   bool skip_special_tokens = true;
   bool attention_spans = false;  // collect this request's own spans (every step observed)
 };
@@ -53,7 +54,7 @@ struct Request {
   SamplingParams sampling;
   StoppingParams stopping;
   OutputParams output;
-  int n = 1;         // choices
+  int64_t n = 1;     // choices
   int priority = 0;  // larger first
   absl::Time deadline = absl::InfiniteFuture();
   std::vector<ProbeRange> probes;  // needle positions in the prompt: their mass is reported per

@@ -11,7 +11,8 @@ bool HasPenalties(const SamplingParams& p) {
   return p.presence_penalty != 0 || p.frequency_penalty != 0 || p.repetition_penalty != 1;
 }
 
-bool Contains(const std::vector<int32_t>& ids, int32_t id) {
+template <class Id>
+bool Contains(const std::vector<Id>& ids, int32_t id) {
   return std::find(ids.begin(), ids.end(), id) != ids.end();
 }
 
@@ -28,7 +29,8 @@ Sequence::Sequence(const Request& request, int index, uint64_t seed, const Token
       stream_(tokenizer, request.output.skip_special_tokens),
       matcher_(request.stopping.stop, request.stopping.include_stop_in_output) {
   if (request.stopping.min_tokens > 0) {
-    banned_early_ = request.stopping.stop_token_ids;
+    const auto& ids = request.stopping.stop_token_ids;
+    banned_early_.assign(ids.begin(), ids.end());
     if (!request.stopping.ignore_eos) {
       banned_early_.insert(banned_early_.end(), eos_.begin(), eos_.end());
     }
@@ -55,7 +57,7 @@ Event Sequence::Next(Sampler& sampler, absl::Span<const float> logits) {
   input.position = output_tokens();
   input.history = History();
   if (output_tokens() < stopping.min_tokens) input.banned = banned_early_;
-  input.top_logprobs = request_.output.logprobs.value_or(-1);
+  input.top_logprobs = static_cast<int>(request_.output.logprobs.value_or(-1));
   Sampled sampled = sampler.Sample(input);
 
   Event event;

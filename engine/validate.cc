@@ -14,7 +14,8 @@ absl::Status Bad(absl::string_view field, const Parts&... parts) {
 }
 
 // lowest <= value <= highest; NaN fails.
-absl::Status InRange(absl::string_view field, double value, double lowest, double highest) {
+template <class T>
+absl::Status InRange(absl::string_view field, T value, T lowest, T highest) {
   if (value >= lowest && value <= highest) return absl::OkStatus();
   return Bad(field, "is ", value, ", must be from ", lowest, " to ", highest);
 }
@@ -53,19 +54,21 @@ bool IsUtf8(absl::string_view text) {
 }
 
 absl::Status ValidateSampling(const SamplingParams& p, int vocab) {
-  if (auto s = InRange("sampling.temperature", p.temperature, 0, 100); !s.ok()) return s;
-  if (auto s = InRange("sampling.top_k", p.top_k, 0, 1 << 30); !s.ok()) return s;
+  if (auto s = InRange<float>("sampling.temperature", p.temperature, 0, 100); !s.ok()) return s;
+  if (auto s = InRange<int64_t>("sampling.top_k", p.top_k, 0, 1 << 30); !s.ok()) return s;
   if (!(p.top_p > 0))
     return Bad("sampling.top_p", "is ", p.top_p, ", must be above 0 and at most 1");
-  if (auto s = InRange("sampling.top_p", p.top_p, 0, 1); !s.ok()) return s;
-  if (auto s = InRange("sampling.min_p", p.min_p, 0, 1); !s.ok()) return s;
-  if (auto s = InRange("sampling.presence_penalty", p.presence_penalty, -2, 2); !s.ok()) return s;
-  if (auto s = InRange("sampling.frequency_penalty", p.frequency_penalty, -2, 2); !s.ok()) return s;
+  if (auto s = InRange<float>("sampling.top_p", p.top_p, 0, 1); !s.ok()) return s;
+  if (auto s = InRange<float>("sampling.min_p", p.min_p, 0, 1); !s.ok()) return s;
+  if (auto s = InRange<float>("sampling.presence_penalty", p.presence_penalty, -2, 2); !s.ok())
+    return s;
+  if (auto s = InRange<float>("sampling.frequency_penalty", p.frequency_penalty, -2, 2); !s.ok())
+    return s;
   if (!(p.repetition_penalty > 0)) {
     return Bad("sampling.repetition_penalty", "is ", p.repetition_penalty,
                ", must be above 0 and at most 2");
   }
-  if (auto s = InRange("sampling.repetition_penalty", p.repetition_penalty, 0, 2); !s.ok())
+  if (auto s = InRange<float>("sampling.repetition_penalty", p.repetition_penalty, 0, 2); !s.ok())
     return s;
   if (auto s =
           AtMost("sampling.logit_bias", p.logit_bias.size(), RequestLimits::kMaxBiases, "entries");
@@ -74,7 +77,10 @@ absl::Status ValidateSampling(const SamplingParams& p, int vocab) {
   }
   for (const auto& [token, bias] : p.logit_bias) {
     if (auto s = IsToken("sampling.logit_bias", token, vocab); !s.ok()) return s;
-    if (auto s = InRange("sampling.logit_bias", bias, -100, 100); !s.ok()) return s;
+    if (auto s = InRange<float>(absl::StrCat("sampling.logit_bias[", token, "]"), bias, -100, 100);
+        !s.ok()) {
+      return s;
+    }
   }
   return absl::OkStatus();
 }
@@ -82,26 +88,26 @@ absl::Status ValidateSampling(const SamplingParams& p, int vocab) {
 absl::Status ValidateStopping(const StoppingParams& p, int vocab) {
   if (p.max_tokens < 1)
     return Bad("stopping.max_tokens", "is ", p.max_tokens, ", must be at least 1");
-  if (auto s = InRange("stopping.min_tokens", p.min_tokens, 0, p.max_tokens); !s.ok()) return s;
+  if (auto s = InRange<int64_t>("stopping.min_tokens", p.min_tokens, 0, p.max_tokens); !s.ok())
+    return s;
   if (auto s = AtMost("stopping.stop", p.stop.size(), RequestLimits::kMaxStops, "strings");
       !s.ok()) {
     return s;
   }
-  for (const std::string& stop : p.stop) {
-    if (stop.empty()) return Bad("stopping.stop", "has an empty string");
-    if (auto s = AtMost("stopping.stop", stop.size(), RequestLimits::kMaxStopBytes,
-                        "bytes in one string");
-        !s.ok()) {
+  for (size_t i = 0; i < p.stop.size(); ++i) {
+    const std::string field = absl::StrCat("stopping.stop[", i, "]");
+    if (p.stop[i].empty()) return Bad(field, "is empty");
+    if (auto s = AtMost(field, p.stop[i].size(), RequestLimits::kMaxStopBytes, "bytes"); !s.ok()) {
       return s;
     }
-    if (!IsUtf8(stop)) return Bad("stopping.stop", "has a string that is not valid UTF-8");
+    if (!IsUtf8(p.stop[i])) return Bad(field, "is not valid UTF-8");
   }
   if (auto s = AtMost("stopping.stop_token_ids", p.stop_token_ids.size(),
                       RequestLimits::kMaxStopIds, "ids");
       !s.ok()) {
     return s;
   }
-  for (int32_t id : p.stop_token_ids) {
+  for (int64_t id : p.stop_token_ids) {
     if (auto s = IsToken("stopping.stop_token_ids", id, vocab); !s.ok()) return s;
   }
   return absl::OkStatus();
@@ -142,14 +148,17 @@ absl::Status WithReason(absl::Status status, absl::string_view reason) {
 
 absl::Status Validate(const Request& request, const RequestLimits& limits) {
   if (request.id.empty()) return Bad("request_id", "is empty");
-  if (auto s = InRange("sampling.n", request.n, 1, RequestLimits::kMaxChoices); !s.ok()) return s;
+  if (auto s = InRange<int64_t>("sampling.n", request.n, 1, RequestLimits::kMaxChoices); !s.ok())
+    return s;
   if (auto s = ValidateSampling(request.sampling, limits.vocab); !s.ok()) return s;
   if (auto s = ValidateStopping(request.stopping, limits.vocab); !s.ok()) return s;
   for (const auto& [field, value] :
        {std::pair{"output.logprobs", request.output.logprobs},
         std::pair{"output.prompt_logprobs", request.output.prompt_logprobs}}) {
-    if (auto s = InRange(field, value.value_or(0), 0, RequestLimits::kMaxLogprobs); !s.ok())
+    if (auto s = InRange<int64_t>(field, value.value_or(0), 0, RequestLimits::kMaxLogprobs);
+        !s.ok()) {
       return s;
+    }
   }
   return ValidatePrompt(request, limits);
 }

@@ -1,6 +1,7 @@
 // The table that `longspan describe` prints.
 #include <algorithm>
 #include <cmath>
+#include <nlohmann/json.hpp>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
@@ -170,13 +171,38 @@ std::string TermText(const Term& term, int64_t context) {
   return "";
 }
 
+int64_t CacheBytes(const ModelSpec& spec, DType cache_dtype, int64_t context) {
+  int64_t total = 0;
+  for (const Term& term : TermsOf(spec, cache_dtype)) {
+    total += term.layers * BytesFor(term.need, context);
+  }
+  return total;
+}
+
+nlohmann::ordered_json JsonOf(const LayerSpec& layer, int index, DType cache_dtype) {
+  static constexpr const char* kCaches[] = {"pages", "ring", "state"};
+  nlohmann::ordered_json json = {
+      {"layer", index},
+      {"mixer", std::visit([](const auto& m) { return MixerText(m); }, layer.mixer)},
+      {"position", std::visit([](const auto& m) { return PositionText(m); }, layer.mixer)}};
+  if (layer.cache_of) {
+    json["cache_of_layer"] = *layer.cache_of;
+    return json;
+  }
+  const CacheNeed need = NeedOf(layer.mixer, cache_dtype);
+  json["cache"] = kCaches[static_cast<int>(need.kind)];
+  json["cache_bytes_per_token"] = need.bytes_per_token;
+  json["cache_bytes_per_sequence"] = need.bytes_per_sequence;
+  if (need.kind == CacheKind::kRing) json["window"] = need.window;
+  return json;
+}
+
 // bytes(L) = sum of full layers L * b + sum of window layers min(L, W) * b + states.
 std::string CacheTotals(const ModelSpec& spec, DType cache_dtype, int64_t context) {
-  int64_t total = 0;
+  const int64_t total = CacheBytes(spec, cache_dtype, context);
   int64_t all_full = 0;
   std::vector<std::string> texts;
   for (const Term& term : TermsOf(spec, cache_dtype)) {
-    total += term.layers * BytesFor(term.need, context);
     all_full += term.layers * (term.need.bytes_per_sequence + term.need.bytes_per_token * context);
     texts.push_back(TermText(term, context));
   }
@@ -207,6 +233,27 @@ std::string Describe(const ModelSpec& spec, const OpTable& ops, DType cache_dtyp
   absl::StrAppend(&out, "missing: ", missing.empty() ? "nothing" : absl::StrJoin(missing, ", "),
                   "\n");
   return out;
+}
+
+std::string DescribeJson(const ModelSpec& spec, const OpTable& ops, DType cache_dtype,
+                         int64_t context) {
+  nlohmann::ordered_json json = {{"name", spec.name},
+                                 {"family", spec.family},
+                                 {"parameters", spec.parameters()},
+                                 {"weight_dtype", Info(spec.weight_dtype).name},
+                                 {"width", spec.dim},
+                                 {"vocabulary", spec.vocab},
+                                 {"max_context", spec.max_context},
+                                 {"layers", nlohmann::ordered_json::array()},
+                                 {"cache_dtype", Info(cache_dtype).name},
+                                 {"context", context},
+                                 {"cache_bytes", CacheBytes(spec, cache_dtype, context)},
+                                 {"missing", MissingFor(spec, ops)}};
+  for (size_t i = 0; i < spec.layers.size(); ++i) {
+    json["layers"].push_back(JsonOf(spec.layers[i], static_cast<int>(i), cache_dtype));
+  }
+  // A name in a model file may be any bytes.
+  return json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace);
 }
 
 }  // namespace longspan

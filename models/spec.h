@@ -112,5 +112,8 @@ std::vector<std::string> MissingFor(const ModelSpec& spec, const OpTable& ops);
 // The table that `longspan describe` prints: layer | mixer | position | cache | bytes, then totals
 // for `context` tokens and what is missing. Plain text, ends with a newline.
 std::string Describe(const ModelSpec& spec, const OpTable& ops, DType cache_dtype, int64_t context);
+// The same as one JSON object.
+std::string DescribeJson(const ModelSpec& spec, const OpTable& ops, DType cache_dtype,
+                         int64_t context);
 
 }  // namespace longspan

@@ -161,7 +161,7 @@ class AdminServiceImpl final : public v1::AdminService::CallbackService {
       response->set_device(f_.device);
       response->set_uptime_seconds(absl::ToInt64Seconds(absl::Now() - f_.started));
       response->set_kv_block_size(options.page_tokens);
-      response->set_total_kv_blocks(TotalBlocks());
+      response->set_total_kv_blocks(f_.engine.Stats().cache.paged_pages_total);
       response->set_max_running_requests(options.limits.max_running);
       response->set_max_batched_tokens(options.limits.max_batched_tokens);
       response->set_max_queued_requests(options.limits.max_queued_requests);
@@ -176,7 +176,7 @@ class AdminServiceImpl final : public v1::AdminService::CallbackService {
       response->set_running_requests(stats.running);
       response->set_queued_requests(stats.queued);
       response->set_used_kv_blocks(stats.cache.paged_pages_used);
-      response->set_total_kv_blocks(TotalBlocks());
+      response->set_total_kv_blocks(stats.cache.paged_pages_total);
       response->set_state(stats.draining ? v1::SERVING_STATE_DRAINING : v1::SERVING_STATE_SERVING);
       response->set_used_cache_bytes(stats.cache.used_bytes);
       response->set_total_cache_bytes(stats.cache.total_bytes);
@@ -195,11 +195,6 @@ class AdminServiceImpl final : public v1::AdminService::CallbackService {
   }
 
  private:
-  uint64_t TotalBlocks() const {
-    const CacheUsage usage = f_.engine.Stats().cache;
-    return usage.paged_pages_used + usage.paged_pages_free;
-  }
-
   const Frontend& f_;
 };
 

@@ -501,6 +501,7 @@ int RunBench(int argc, char** argv) {
   flags.Section("Against a server");
   options.target.server.clear();  // none unless told
   cli::TargetFlags(flags, &options.target);
+  flags.Variable("server", "LONGSPAN_BENCH_SERVER");  // LONGSPAN_SERVER would end benches of models
   flags.Int("requests", &options.requests, "how many in all", 1);
   flags.Int("concurrency", &options.concurrency, "how many at once", 1, 1024);
   flags.Bool("json", &options.json, "print one JSON object instead");

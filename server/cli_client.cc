@@ -62,6 +62,14 @@ void TargetFlags(Flags& flags, Target* target) {
   flags.String("ssl-keyfile", &target->tls.keyfile, "FILE", "its private key");
   flags.String("tls-server-name", &target->tls_server_name, "NAME",
                "what the server's certificate says, if not the host of --server");
+  flags.Variable("ssl-ca-certs", "LONGSPAN_CLIENT_SSL_CA_CERTS");
+  flags.Variable("ssl-certfile", "LONGSPAN_CLIENT_SSL_CERTFILE");
+  flags.Variable("ssl-keyfile", "LONGSPAN_CLIENT_SSL_KEYFILE");
+}
+
+void ModelFlag(Flags& flags, std::string* model) {
+  flags.String("model", model, "NAME", "which model; empty is the served one");
+  flags.Variable("model", "LONGSPAN_CLIENT_MODEL");
 }
 
 std::shared_ptr<grpc::Channel> Connect(const Target& target) {
@@ -101,7 +109,8 @@ int Fail(const char* command, const grpc::Status& status) {
       }
     }
   }
-  if (code == grpc::StatusCode::UNAVAILABLE) {
+  // A server that answers UNAVAILABLE sends details; a connection that fails has none.
+  if (code == grpc::StatusCode::UNAVAILABLE && status.error_details().empty()) {
     std::cerr << "  is a server running there? start one with: longspan serve\n";
   }
   return 1;

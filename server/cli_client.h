@@ -18,8 +18,11 @@ struct Target {
   ClientTls tls;
   std::string tls_server_name;
 };
-// Declares --server (and LONGSPAN_SERVER), --api-key and the --ssl flags.
+// Declares --server, --api-key and the --ssl flags. Certificates are read from
+// LONGSPAN_CLIENT_SSL_…: beside a server, LONGSPAN_SSL_… are the server's own.
 void TargetFlags(Flags& flags, Target* target);
+// Declares --model, what a request names; LONGSPAN_CLIENT_MODEL, since LONGSPAN_MODEL is a path.
+void ModelFlag(Flags& flags, std::string* model);
 // Exits the process with status 2 where the certificate files are not good.
 std::shared_ptr<grpc::Channel> Connect(const Target& target);
 

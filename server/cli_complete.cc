@@ -31,7 +31,7 @@ struct Knobs {
 
   void Declare(Flags& flags) {
     cli::TargetFlags(flags, &target);
-    flags.String("model", &model, "NAME", "which model; empty is the served one");
+    cli::ModelFlag(flags, &model);
     flags.Int("max-tokens", &max_tokens, "tokens to generate at most", 1);
     flags.Double("temperature", &temperature, "0 is greedy; higher is more varied");
     flags.Double("top-p", &top_p, "keep the most likely tokens that add up to this");
@@ -166,12 +166,14 @@ int RunChat(int argc, char** argv) {
   Knobs knobs;
   knobs.max_tokens = 512;
   std::string quick, system;
+  bool jsonl = false;
   Flags flags(
       "chat", "[flags]",
       "Talks to a model that has a chat form; type a line, read the answer, end with Ctrl-D.");
   knobs.Declare(flags);
   flags.String("system", &system, "TEXT", "instructions that come first");
   flags.String("quick", &quick, "TEXT", "ask this once and exit");
+  flags.Bool("jsonl", &jsonl, "one JSON object per event instead of text");
   flags.Epilogue("Example:\n  longspan chat --quick 'Name three rivers.' --temperature 0");
   if (auto exit = flags.Parse(argc, argv); exit.has_value()) return *exit;
   auto stub = v1::InferenceService::NewStub(Connect(knobs.target));
@@ -199,13 +201,14 @@ int RunChat(int argc, char** argv) {
     v1::StreamCompleteResponse last;
     std::string answer;
     while (reader->Read(&message)) {
+      if (jsonl) std::cout << ToJson(message, /*pretty=*/false) << std::endl;
       if (message.base().has_delta()) {
         answer += message.base().delta().text();
-        std::cout << message.base().delta().text() << std::flush;
+        if (!jsonl) std::cout << message.base().delta().text() << std::flush;
       }
       if (message.base().has_usage()) last = message.base();
     }
-    if (!answer.empty()) std::cout << std::endl;
+    if (!answer.empty() && !jsonl) std::cout << std::endl;
     if (knobs.stats && last.has_usage()) PrintStats(last.usage(), last.timings());
     if (const grpc::Status status = reader->Finish(); !status.ok()) return Fail("chat", status);
     if (!interactive) return 0;

@@ -13,12 +13,14 @@ namespace longspan {
 int RunDescribe(int argc, char** argv) {
   int64_t context = 0;
   std::string kv_dtype = "bf16";
+  bool json = false;
   Flags flags(
       "describe", "[flags] [MODEL]",
       "Shows each layer of a checkpoint (a directory or .gguf), its cache and the bytes it takes. "
       "Without MODEL: the default model.");
   flags.Int64("context", &context, "count bytes for this many tokens; 0 is the model's context", 0);
   flags.Choice("kv-dtype", &kv_dtype, {"bf16", "f32"}, "type of cached keys and values");
+  flags.Bool("json", &json, "as one JSON object");
   flags.Epilogue("Example:\n  longspan describe models/downloads/gemma-3-270m.gguf --context 32k");
   std::vector<std::string> paths;
   if (auto exit = flags.Parse(argc, argv, &paths); exit.has_value()) return *exit;
@@ -40,8 +42,13 @@ int RunDescribe(int argc, char** argv) {
     return 1;
   }
   const auto backend = Backend::Cpu({.threads = 1});
-  std::cout << Describe(*spec, backend->ops(), kv_dtype == "f32" ? DType::kF32 : DType::kBF16,
-                        context > 0 ? context : spec->max_context);
+  const DType cache_dtype = kv_dtype == "f32" ? DType::kF32 : DType::kBF16;
+  if (context == 0) context = spec->max_context;
+  if (json) {
+    std::cout << DescribeJson(*spec, backend->ops(), cache_dtype, context) << "\n";
+  } else {
+    std::cout << Describe(*spec, backend->ops(), cache_dtype, context);
+  }
   return MissingFor(*spec, backend->ops()).empty() ? 0 : 1;
 }
 

@@ -78,9 +78,11 @@ int RunModels(int argc, char** argv) {
 int RunHealth(int argc, char** argv) {
   cli::Target target;
   absl::Duration timeout = absl::Seconds(5);
+  bool json = false;
   Flags flags("health", "[flags]", "Exits 0 if a server is ready for requests, else 1.");
   cli::TargetFlags(flags, &target);
   flags.Duration("timeout", &timeout, "how long to wait for an answer");
+  flags.Bool("json", &json, "as one JSON object: ready and, where it is told, the load");
   if (auto exit = flags.Parse(argc, argv); exit.has_value()) return *exit;
   const auto deadline = std::chrono::system_clock::now() + absl::ToChronoMilliseconds(timeout);
   const auto channel = Connect(target);
@@ -95,11 +97,16 @@ int RunHealth(int argc, char** argv) {
     return Fail("health", status);
   }
   const bool ready = answer.status() == grpc::health::v1::HealthCheckResponse::SERVING;
-  std::cout << (ready ? "ready" : "not ready");
   v1::GetLoadResponse load;
-  auto admin = v1::AdminService::NewStub(channel);
   // Health is open; where keys are asked for, the load is told to admins.
-  if (admin->GetLoad(&load_context, {}, &load).ok()) {
+  const bool told = v1::AdminService::NewStub(channel)->GetLoad(&load_context, {}, &load).ok();
+  if (json) {
+    std::cout << "{\"ready\":" << (ready ? "true" : "false")
+              << (told ? ",\"load\":" + ToJson(load, false) : "") << "}\n";
+    return ready ? 0 : 1;
+  }
+  std::cout << (ready ? "ready" : "not ready");
+  if (told) {
     std::cout << ": " << load.running_requests() << " running, " << load.queued_requests()
               << " waiting, " << load.used_cache_bytes() << " of " << load.total_cache_bytes()
               << " cache bytes used";
@@ -111,13 +118,14 @@ int RunHealth(int argc, char** argv) {
 int RunDrain(int argc, char** argv) {
   cli::Target target;
   absl::Duration grace = absl::InfiniteDuration();
-  bool shutdown = false, resume = false;
+  bool shutdown = false, resume = false, jsonl = false;
   Flags flags("drain", "[flags]",
               "Lets a server finish its work: it refuses new requests and reports what remains.");
   cli::TargetFlags(flags, &target);
   flags.Duration("grace", &grace, "abort what is left after it");
   flags.Bool("shutdown", &shutdown, "exit when done");
   flags.Bool("resume", &resume, "take requests again instead");
+  flags.Bool("jsonl", &jsonl, "what remains as JSON lines on stdout");
   if (auto exit = flags.Parse(argc, argv); exit.has_value()) return *exit;
   auto stub = v1::AdminService::NewStub(Connect(target));
   grpc::ClientContext context;
@@ -136,8 +144,12 @@ int RunDrain(int argc, char** argv) {
   auto reader = stub->Drain(&context, request);
   v1::DrainResponse message;
   while (reader->Read(&message)) {
-    std::cerr << message.running_requests() << " running, " << message.queued_requests()
-              << " waiting\n";
+    if (jsonl) {
+      std::cout << ToJson(message, false) << std::endl;
+    } else {
+      std::cerr << message.running_requests() << " running, " << message.queued_requests()
+                << " waiting\n";
+    }
   }
   const auto status = reader->Finish();
   return status.ok() ? 0 : Fail("drain", status);

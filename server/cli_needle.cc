@@ -40,6 +40,7 @@ struct Options {
   int64_t seed = 0;
   double temperature = 0, min_score = -1;
   bool detach = false, spans = true, json = false, jsonl = false, save = true;
+  bool grid_told = false;  // some flag says what the grid or its task is
 
   std::optional<int> Read(int argc, char** argv);
 };
@@ -51,7 +52,7 @@ std::optional<int> Options::Read(int argc, char** argv) {
       "model finds. RULER's single-needle family; the runs go through the server's ordinary "
       "scheduler, beside everyone's requests.");
   cli::TargetFlags(flags, &target);
-  flags.String("model", &model, "NAME", "which model; empty is the served one");
+  cli::ModelFlag(flags, &model);
   flags.Section("The grid");
   flags.Ints("lengths", &lengths, "N,N,...", "context lengths in tokens, the answer included");
   flags.String(
@@ -74,7 +75,8 @@ std::optional<int> Options::Read(int argc, char** argv) {
   flags.Int("concurrency", &concurrency, "cells in flight", 1, 256);
   flags.Int("priority", &priority, "of the run's requests; larger goes first", -1000, 1000);
   flags.Bool("detach", &detach, "the run goes on when this client leaves");
-  flags.String("run-id", &run_id, "ID", "name the run, or attach to the one of this name");
+  flags.String("run-id", &run_id, "ID",
+               "name the run, or attach to the one of this name; its grid need not be told again");
   flags.Bool("spans", &spans, "record every head's attention on the needle");
   flags.Section("Results");
   flags.String(
@@ -92,9 +94,31 @@ std::optional<int> Options::Read(int argc, char** argv) {
       "  longspan needle --lengths 1k,2k,4k,8k --depths 11 --trials 2\n"
       "  longspan needle --task multi-key --haystack noise --lengths 4k --depths 0,50,100\n"
       "  longspan needle --out runs/a      (Ctrl-C, then the same again: goes on where it was)\n"
+      "  longspan needle --run-id nightly --detach      (later: longspan needle --run-id nightly)\n"
       "Exit status: 0 done, 1 failed, 2 used wrongly, 3 below --min-score, 130 interrupted with "
       "what was done saved.");
-  return flags.Parse(argc, argv);
+  const auto exit = flags.Parse(argc, argv);
+  for (const char* name : {"lengths", "depths", "depth-scale", "trials", "seed", "task", "keys",
+                           "values", "haystack", "haystack-file", "temperature", "max-tokens"}) {
+    grid_told |= flags.IsSet(name);
+  }
+  return exit;
+}
+
+const std::map<std::string, v1::NeedleTask> kTasks = {{"single", v1::NEEDLE_TASK_SINGLE},
+                                                      {"multi-key", v1::NEEDLE_TASK_MULTI_KEY},
+                                                      {"multi-value", v1::NEEDLE_TASK_MULTI_VALUE},
+                                                      {"multi-query", v1::NEEDLE_TASK_MULTI_QUERY}};
+const std::map<std::string, v1::HaystackKind> kHaystacks = {{"essay", v1::HAYSTACK_KIND_ESSAY},
+                                                            {"noise", v1::HAYSTACK_KIND_NOISE},
+                                                            {"needles", v1::HAYSTACK_KIND_NEEDLES}};
+
+template <class Enum>
+std::string NameOf(const std::map<std::string, Enum>& names, int value) {
+  for (const auto& [name, named] : names) {
+    if (named == value) return name;
+  }
+  return absl::StrCat(value);
 }
 
 absl::StatusOr<std::vector<float>> Depths(const std::string& text, const std::string& scale) {
@@ -124,15 +148,6 @@ absl::StatusOr<std::vector<float>> Depths(const std::string& text, const std::st
 }
 
 absl::StatusOr<v1::RunNeedleRequest> MakeRequest(const Options& o) {
-  static const std::map<std::string, v1::NeedleTask> kTasks = {
-      {"single", v1::NEEDLE_TASK_SINGLE},
-      {"multi-key", v1::NEEDLE_TASK_MULTI_KEY},
-      {"multi-value", v1::NEEDLE_TASK_MULTI_VALUE},
-      {"multi-query", v1::NEEDLE_TASK_MULTI_QUERY}};
-  static const std::map<std::string, v1::HaystackKind> kHaystacks = {
-      {"essay", v1::HAYSTACK_KIND_ESSAY},
-      {"noise", v1::HAYSTACK_KIND_NOISE},
-      {"needles", v1::HAYSTACK_KIND_NEEDLES}};
   v1::RunNeedleRequest r;
   r.set_model(o.model);
   for (const int64_t length : o.lengths) {
@@ -249,6 +264,7 @@ class NeedleClient {
   int Run();
 
  private:
+  bool Adopt(v1::NeedleService::Stub& stub);
   bool Prepare();
   void Header();
   bool Receive(v1::NeedleService::Stub& stub, Interrupts& interrupts);
@@ -270,6 +286,24 @@ class NeedleClient {
   bool interrupted_ = false, failed_ = false;
   int exit_ = 0;
 };
+
+// Takes the grid of the run that --run-id names, if there is one and no flag tells a grid. False
+// when the server cannot be asked; exit_ is set.
+bool NeedleClient::Adopt(v1::NeedleService::Stub& stub) {
+  if (options_.run_id.empty() || options_.grid_told) return true;
+  v1::GetNeedleRunRequest question;
+  question.set_run_id(options_.run_id);
+  v1::GetNeedleRunResponse answer;
+  grpc::ClientContext context;
+  const grpc::Status status = stub.GetNeedleRun(&context, question, &answer);
+  if (status.ok()) {
+    request_ = answer.run().request();
+    request_.clear_skip_cells();
+  } else if (status.error_code() != grpc::StatusCode::NOT_FOUND) {
+    exit_ = cli::Fail("needle", status);
+  }
+  return exit_ == 0;
+}
 
 // Reads what an earlier run left in --out. False when it cannot be gone on with; exit_ is set.
 bool NeedleClient::Prepare() {
@@ -314,8 +348,9 @@ void NeedleClient::Header() {
       "%s, seed %d\n",
       report_.model, report_.version, info.device(), model.model().tokenizer(),
       request_.context_lengths_size(), request_.depth_percents_size(), request_.trials(),
-      options_.task, options_.haystack_file.empty() ? options_.haystack : options_.haystack_file,
-      options_.seed);
+      NameOf(kTasks, request_.task()),
+      request_.haystack_text().empty() ? NameOf(kHaystacks, request_.haystack()) : "your own text",
+      request_.seed());
 }
 
 bool NeedleClient::Started(const v1::NeedleStarted& started) {
@@ -411,11 +446,11 @@ int NeedleClient::Finish() {
 }
 
 int NeedleClient::Run() {
-  if (!Prepare()) return exit_;
   Interrupts interrupts;
   channel_ = cli::Connect(options_.target);
-  Header();
   const auto stub = v1::NeedleService::NewStub(channel_);
+  if (!Adopt(*stub) || !Prepare()) return exit_;
+  Header();
   if (!Receive(*stub, interrupts)) return interrupted_ ? kInterrupted : exit_ != 0 ? exit_ : 1;
   return Finish();
 }

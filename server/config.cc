@@ -79,6 +79,9 @@ std::optional<int> ReadConfig(int argc, char** argv, ServerConfig* config) {
   flags.Choice("log-level", &c.log_level, {"debug", "info", "warning", "error"},
                "what is logged to stderr; prompts and answers never are");
   flags.Choice("log-format", &c.log_format, {"text", "json"}, "json is one object a line");
+  flags.Int("log-prompt-bytes", &c.log_prompt_bytes,
+            "of each prompt's beginning, in a line of its own; 0 logs no prompt's text", 0,
+            1 << 20);
   flags.Epilogue(
       "Examples:\n"
       "  longspan serve\n"

@@ -47,6 +47,7 @@ struct ServerConfig {
   absl::Duration keepalive_time = absl::Minutes(1);        // silence after which a peer is pinged
   std::string log_level = "info";                          // debug | info | warning | error
   std::string log_format = "text";                         // or "json"
+  int log_prompt_bytes = 0;                                // of each prompt; 0: none
   absl::Duration stall_timeout = absl::Seconds(30);        // of a reader that takes nothing
   absl::Duration withdrawal_grace = absl::ZeroDuration();  // from "not ready" to refusing requests
   absl::Duration shutdown_timeout = absl::Seconds(45);     // for accepted requests to finish

@@ -153,6 +153,7 @@ Flags::Flag& Flags::Declare(std::string name, std::string placeholder, std::stri
   flag.placeholder = std::move(placeholder);
   flag.help = std::move(help);
   flag.default_text = std::move(default_text);
+  flag.variable = EnvironmentName(flag.name);
   return flag;
 }
 
@@ -269,6 +270,13 @@ void Flags::Choice(std::string name, std::string* target, std::vector<std::strin
       };
 }
 
+void Flags::Variable(absl::string_view name, std::string variable) {
+  Flag* flag = Find(name);
+  CHECK(flag != nullptr) << "flag --" << name << " is not declared";
+  flag->variable = std::move(variable);
+  flag->own_variable = true;
+}
+
 void Flags::Section(std::string title) { headings_.push_back({flags_.size(), std::move(title)}); }
 
 void Flags::Epilogue(std::string text) { epilogue_ = std::move(text); }
@@ -306,13 +314,12 @@ absl::Status Flags::Unknown(absl::string_view name) const {
 
 absl::Status Flags::ReadEnvironment(const Environment& environment) {
   for (Flag& flag : flags_) {
-    const std::string name = EnvironmentName(flag.name);
-    const char* value = environment(name.c_str());
+    const char* value = environment(flag.variable.c_str());
     if (value == nullptr) continue;
     if (flag.restart) flag.restart();
     if (absl::Status status = flag.assign(value); !status.ok()) {
       return absl::InvalidArgumentError(
-          absl::StrCat("environment variable ", name, ": ", status.message()));
+          absl::StrCat("environment variable ", flag.variable, ": ", status.message()));
     }
     flag.set = true;
   }
@@ -391,12 +398,14 @@ std::string Flags::Help() const {
                     "\n");
     std::string text = flag.help;
     if (!flag.default_text.empty()) absl::StrAppend(&text, " [", flag.default_text, "]");
+    if (flag.own_variable) absl::StrAppend(&text, " (", flag.variable, ")");
     absl::StrAppend(&out, Wrap(text, kHelpIndent));
   }
   absl::StrAppend(
       &out, "  --help\n", Wrap("Print this.", kHelpIndent), "\n",
       Wrap("Each flag can also be set by an environment variable, LONGSPAN_ and its name "
-           "in capitals with _ for -; the command line wins. Sizes take the suffixes k, "
+           "in capitals with _ for - where no other is told; the command line wins. Sizes take the "
+           "suffixes k, "
            "M, G (of 1024), times take ms, s, m, h.",
            0));
   if (!epilogue_.empty()) absl::StrAppend(&out, "\n", epilogue_, "\n");

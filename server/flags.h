@@ -45,6 +45,9 @@ class Flags {
   void Duration(std::string name, absl::Duration* target, std::string help);
   void Choice(std::string name, std::string* target, std::vector<std::string> choices,
               std::string help);
+  // The declared flag is set by this environment variable instead: for a name that means another
+  // thing in another command that the same environment reaches.
+  void Variable(absl::string_view name, std::string variable);
   void Section(std::string title);  // a heading for the flags that follow
   void Epilogue(std::string text);  // examples and notes at the end of --help
 
@@ -65,7 +68,8 @@ class Flags {
 
  private:
   struct Flag {
-    std::string name, placeholder, help, default_text;
+    std::string name, placeholder, help, default_text, variable;
+    bool own_variable = false;  // not the one that the name makes
     bool is_switch = false;
     bool set = false;
     std::function<absl::Status(absl::string_view value)> assign;

@@ -26,6 +26,7 @@ struct Frontend {
   PromptWorker& prompt_worker;
   ConversionContext conversion;
   int64_t max_header_bytes;
+  size_t log_prompt_bytes;  // 0: none of a prompt's text is logged
   std::string device;
   std::string model_path;
   // Takes no new requests, and tells health checks so, until Resume.

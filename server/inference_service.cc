@@ -61,6 +61,24 @@ class RequestLog {
   int prompt_tokens_ = 0, completion_tokens_ = 0;
 };
 
+// The prompt's beginning, where --log-prompt-bytes asks for it.
+void LogPrompt(const Frontend& frontend, const Request& request) {
+  const size_t most = frontend.log_prompt_bytes;
+  if (most == 0) return;
+  const auto tokens = absl::MakeConstSpan(request.prompt).subspan(0, most);
+  const std::string text = frontend.conversion.tokenizer->Decode(tokens, /*skip_special=*/true);
+  Log(LogLevel::kInfo, "prompt",
+      {{"request_id", request.id},
+       {"tokens", request.prompt.size()},
+       {"text", absl::string_view(text).substr(0, most)}});
+}
+
+// What the client calls its request, which a refusal's line is found by.
+std::string AskedId(const v1::CompleteRequest& base) {
+  constexpr size_t kMostLogged = 256;
+  return base.request_id().substr(0, kMostLogged);
+}
+
 // Which message holds what, for a completion and for a chat.
 const v1::CompleteRequest& Base(const v1::CompleteRequest& r) { return r; }
 const v1::CompleteRequest& Base(const v1::ChatRequest& r) { return r.base(); }
@@ -127,12 +145,14 @@ class UnaryCall : public grpc::ServerUnaryReactor, private Beginning {
 
  private:
   void Start(const RequestMessage& message, const Caller& caller) {
+    id_ = AskedId(Base(message));
     if (cancelled_) return End(absl::CancelledError("cancelled by the client"));
     auto request = ToRequest(message, frontend_.conversion);
     if (!request.ok()) {
       End(request.status());
       return;
     }
+    id_ = request->id;
     auto lease = caller.Begin(request->id, static_cast<int64_t>(request->prompt.size()));
     if (!lease.ok()) {
       End(lease.status());
@@ -140,8 +160,8 @@ class UnaryCall : public grpc::ServerUnaryReactor, private Beginning {
     }
     lease_ = *std::move(lease);
     request->deadline = DeadlineOf(*context_);
-    context_->AddInitialMetadata("x-request-id", request->id);
-    id_ = request->id;
+    context_->AddInitialMetadata("x-request-id", id_);
+    LogPrompt(frontend_, *request);
     Base(response_)->set_request_id(id_);
     Base(response_)->set_model(frontend_.conversion.model_names.front());
     Base(response_)->set_created_unix_seconds(absl::ToUnixSeconds(absl::Now()));
@@ -168,6 +188,7 @@ class UnaryCall : public grpc::ServerUnaryReactor, private Beginning {
   }
   void End(const absl::Status& status) {
     log_.End(id_, status);
+    frontend_.metrics.CountRefusal(status);
     lease_ = Lease();  // before the client knows, whose next call may follow at once
     Finish(ToGrpc(status, context_));
   }
@@ -211,12 +232,14 @@ class StreamCall : public grpc::ServerWriteReactor<ResponseMessage>, private Beg
 
  private:
   void Start(const RequestMessage& message, const Caller& caller) {
+    id_ = AskedId(Base(Inner(message)));
     if (cancelled_) return Refuse(absl::CancelledError("cancelled by the client"));
     auto request = ToRequest(Inner(message), frontend_.conversion);
     if (!request.ok()) {
       Refuse(request.status());
       return;
     }
+    id_ = request->id;
     auto lease = caller.Begin(request->id, static_cast<int64_t>(request->prompt.size()));
     if (!lease.ok()) {
       Refuse(lease.status());
@@ -224,8 +247,8 @@ class StreamCall : public grpc::ServerWriteReactor<ResponseMessage>, private Beg
     }
     lease_ = *std::move(lease);
     request->deadline = DeadlineOf(*context_);
-    context_->AddInitialMetadata("x-request-id", request->id);
-    id_ = request->id;
+    context_->AddInitialMetadata("x-request-id", id_);
+    LogPrompt(frontend_, *request);
     builder_ = std::make_unique<StreamBuilder>(frontend_, Base(Inner(message)), *request,
                                                message.include_usage());
     stream_ = frontend_.watchdog.Add([this] { OnStall(); });
@@ -309,6 +332,7 @@ class StreamCall : public grpc::ServerWriteReactor<ResponseMessage>, private Beg
       case Action::kFinish: {
         const absl::Status status = stalled_.load() ? Stalled() : status_;
         log_.End(id_, status);
+        frontend_.metrics.CountRefusal(status);
         lease_ = Lease();  // before the client knows, whose next call may follow at once
         this->Finish(ToGrpc(status, context_));
         return;

@@ -36,7 +36,7 @@ bool SetLogFormat(absl::string_view format);
 // 2026-11-24T01:02:03.004Z INFO ready model=longspan-18m grpc=127.0.0.1:50051
 // {"time":"2026-11-24T01:02:03.004Z","level":"info","event":"ready","model":"longspan-18m",...}
 // Values with spaces, quotes or control characters are quoted and escaped. Never pass prompts or
-// answers.
+// answers, but where an operator asks for them.
 void Log(LogLevel level, absl::string_view event, LogFields fields = {});
 std::string LogLine(LogFormat format, LogLevel level, absl::string_view event, LogFields fields);
 

@@ -149,9 +149,6 @@ void AddEngineSeries(const Engine& engine, const Backend& backend, const std::st
     page.Counter("longspan_requests_total", "Requests and choices that ended, by outcome.", o.count,
                  {{"outcome", o.outcome}});
   }
-  page.Counter("longspan_refusals_total", "Requests refused at submission, by reason.",
-               s.refused_never_fits, {{"reason", "never_fits"}});
-  page.Counter("longspan_refusals_total", "", s.refused_queue_full, {{"reason", "queue_full"}});
   page.Counter("longspan_preemptions_total", "Sequences whose cache was taken back.",
                s.preemptions);
   page.Counter("longspan_steps_total", "Forward passes.", s.steps);
@@ -184,13 +181,13 @@ void AddEngineSeries(const Engine& engine, const Backend& backend, const std::st
               {"max_context", std::to_string(engine.options().max_context)}});
   if (!vllm_aliases) return;
   const MetricPage::Labels model = {{"model_name", model_name}, {"engine", "0"}};
-  const int64_t blocks = s.cache.paged_pages_used + s.cache.paged_pages_free;
   page.Gauge("vllm:num_requests_running", "As longspan_requests_running.", s.running, model);
   page.Gauge("vllm:num_requests_waiting", "As longspan_requests_waiting.", s.queued, model);
   page.Gauge("vllm:kv_cache_usage_perc", "As longspan_kv_cache_usage_ratio.", usage, model);
   page.Gauge("vllm:cache_config_info", "1; block size and count are in the labels.", 1,
              {{"block_size", std::to_string(shape.page_tokens)},
-              {"num_gpu_blocks", std::to_string(blocks)},
+              {"num_gpu_blocks", std::to_string(s.cache.paged_pages_total)},
+              {"model_name", model_name},
               {"engine", "0"}});
 }
 

@@ -6,6 +6,7 @@
 #include <sstream>
 
 #include "absl/container/flat_hash_map.h"
+#include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/time/clock.h"
@@ -27,10 +28,19 @@ const Histogram::BucketBoundaries kInterToken = {.001, .0025, .005, .01, .025, .
                                                  5,    7.5,   10,   20,  40,   80};
 const Histogram::BucketBoundaries kLatency = {.3, .5, .8, 1,  1.5, 2,   2.5, 5,   10,   15,  20,
                                               30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680};
-const Histogram::BucketBoundaries kTokens = {1,   2,    5,    10,   20,    50,    100,   200,
-                                             500, 1000, 2000, 5000, 10000, 20000, 50000, 100000};
 const Histogram::BucketBoundaries kStep = {.0005, .001, .0025, .005, .01, .025,
                                            .05,   .1,   .25,   .5,   1,   2.5};
+
+// 1, 2, 5, 10, … as vLLM has them, up to the first that holds `most`.
+Histogram::BucketBoundaries TokenBuckets(int most) {
+  Histogram::BucketBoundaries buckets;
+  for (double decade = 1;; decade *= 10) {
+    for (const double step : {1, 2, 5}) {
+      buckets.push_back(decade * step);
+      if (buckets.back() >= most) return buckets;
+    }
+  }
+}
 
 Histogram& Make(prometheus::Registry& registry, const char* name, const char* help,
                 const Histogram::BucketBoundaries& buckets,
@@ -69,7 +79,7 @@ std::string Serialize(const std::vector<prometheus::MetricFamily>& families) {
 }  // namespace
 
 struct Metrics::Latencies {
-  explicit Latencies(prometheus::Registry& r)
+  Latencies(prometheus::Registry& r, const Histogram::BucketBoundaries& tokens)
       : first_token(Make(r, "longspan_time_to_first_token_seconds", "Submission to first token.",
                          kFirstToken)),
         inter_token(Make(r, "longspan_inter_token_latency_seconds",
@@ -80,10 +90,10 @@ struct Metrics::Latencies {
             Make(r, "longspan_request_prefill_seconds", "First step to first token.", kLatency)),
         decode(Make(r, "longspan_request_decode_seconds", "First token to last.", kLatency)),
         prompt_tokens(
-            Make(r, "longspan_request_prompt_tokens", "Prompt tokens of a request.", kTokens)),
+            Make(r, "longspan_request_prompt_tokens", "Prompt tokens of a request.", tokens)),
         generation_tokens(Make(r, "longspan_request_generation_tokens",
-                               "Tokens generated for a request, all choices.", kTokens)),
-        batch_tokens(Make(r, "longspan_batch_tokens", "Token rows of a step.", kTokens)),
+                               "Tokens generated for a request, all choices.", tokens)),
+        batch_tokens(Make(r, "longspan_batch_tokens", "Token rows of a step.", tokens)),
         step_prefill(Make(r, "longspan_step_seconds",
                           "Time of a step; prefill: it reads some prompt.", kStep,
                           {{"phase", "prefill"}})),
@@ -97,7 +107,7 @@ struct Metrics::Latencies {
       &generation_tokens, &batch_tokens, &step_prefill, &step_decode;
 };
 
-Metrics::Metrics(std::string model_name, bool vllm_aliases)
+Metrics::Metrics(std::string model_name, int max_model_len, bool vllm_aliases)
     : rpcs_(prometheus::BuildCounter()
                 .Name("longspan_rpc_handled_total")
                 .Help("Calls answered, by method and status code.")
@@ -106,7 +116,7 @@ Metrics::Metrics(std::string model_name, bool vllm_aliases)
                   .Name("longspan_needle_score")
                   .Help("Score, from 0 to 1, of the last needle run's cells.")
                   .Register(registry_)),
-      latencies_(std::make_shared<Latencies>(registry_)),
+      latencies_(std::make_shared<Latencies>(registry_, TokenBuckets(max_model_len))),
       model_name_(std::move(model_name)),
       vllm_aliases_(vllm_aliases) {
   prometheus::BuildGauge()
@@ -115,6 +125,13 @@ Metrics::Metrics(std::string model_name, bool vllm_aliases)
       .Register(registry_)
       .Add({{"version", kVersion}, {"commit", kGitCommit}})
       .Set(1);
+  auto& refusals = prometheus::BuildCounter()
+                       .Name("longspan_refusals_total")
+                       .Help("Requests refused at submission, by reason.")
+                       .Register(registry_);
+  for (const char* reason : {"NEVER_FITS", "QUEUE_FULL", "KEY_LIMIT"}) {
+    refusals_[reason] = &refusals.Add({{"reason", absl::AsciiStrToLower(reason)}});
+  }
 }
 
 EventSink Metrics::Observe(EventSink sink) {
@@ -151,6 +168,13 @@ void Metrics::OnStep(const StepReport& report) {
 
 void Metrics::CountRpc(absl::string_view method, absl::string_view code) {
   rpcs_.Add({{"method", std::string(method)}, {"code", std::string(code)}}).Increment();
+}
+
+void Metrics::CountRefusal(const absl::Status& status) {
+  const auto reason = status.GetPayload(kErrorReason);
+  if (!reason.has_value()) return;
+  const auto known = refusals_.find(std::string(*reason));
+  if (known != refusals_.end()) known->second->Increment();
 }
 
 void Metrics::SetNeedleScore(int context_length, double depth_percent, double score) {

@@ -10,10 +10,12 @@
 #include <prometheus/registry.h>
 
 #include <atomic>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "absl/status/status.h"
 #include "absl/strings/string_view.h"
 #include "absl/synchronization/mutex.h"
 #include "engine/engine.h"
@@ -22,13 +24,17 @@ namespace longspan {
 
 class Metrics {
  public:
-  // vllm_aliases: also export the vllm: series that endpoint pickers and autoscalers read.
-  Metrics(std::string model_name, bool vllm_aliases);
+  // max_model_len: in tokens; how far token histograms reach. vllm_aliases: also export the vllm:
+  // series that endpoint pickers and autoscalers read.
+  Metrics(std::string model_name, int max_model_len, bool vllm_aliases);
 
   // Wraps a request's sink so that its latencies and counts are recorded.
   EventSink Observe(EventSink sink);
   void OnStep(const StepReport& report);
   void CountRpc(absl::string_view method, absl::string_view code);
+  // How a request ended before it began; counts those with a reason to come again or go elsewhere:
+  // QUEUE_FULL, KEY_LIMIT, NEVER_FITS.
+  void CountRefusal(const absl::Status& status);
   void SetNeedleScore(int context_length, double depth_percent, double score);
   void SetNeedleMass(std::vector<double> mean);  // [layers, heads]
 
@@ -44,6 +50,7 @@ class Metrics {
   prometheus::Registry registry_;
   prometheus::Family<prometheus::Counter>& rpcs_;
   prometheus::Family<prometheus::Gauge>& needle_;
+  std::map<std::string, prometheus::Counter*> refusals_;  // by reason; fixed at start
   std::shared_ptr<const Latencies> latencies_;
   const std::string model_name_;
   const bool vllm_aliases_;

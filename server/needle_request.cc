@@ -123,12 +123,17 @@ absl::Status CheckRunId(const std::string& id) {
   return absl::OkStatus();
 }
 
-absl::Status ReadRunning(v1::RunNeedleRequest& r) {
+absl::Status ReadRunning(v1::RunNeedleRequest& r, int max_context) {
   if (r.trials() == 0) r.set_trials(1);
   if (r.concurrency() == 0) r.set_concurrency(8);
   if (r.concurrency() > NeedleLimits::kMaxConcurrency) {
     return Bad("concurrency", "is ", r.concurrency(), ", the limit is ",
                NeedleLimits::kMaxConcurrency);
+  }
+  if (r.max_tokens() > static_cast<uint32_t>(max_context)) {
+    return WithReason(
+        Bad("max_tokens", "is ", r.max_tokens(), ", the model's context is ", max_context),
+        "CONTEXT_LENGTH_EXCEEDED");
   }
   if (r.sampling().n() > 1) return Bad("sampling.n", "is ", r.sampling().n(), ", must be 1");
   if (!r.sampling().has_temperature()) r.mutable_sampling()->set_temperature(0);
@@ -145,7 +150,7 @@ absl::StatusOr<v1::RunNeedleRequest> CompleteNeedleRequest(const v1::RunNeedleRe
   if (absl::Status s = CheckAxes(r, context.max_context); !s.ok()) return s;
   if (absl::Status s = ReadHaystack(r); !s.ok()) return s;
   if (absl::Status s = ReadCounts(r); !s.ok()) return s;
-  if (absl::Status s = ReadRunning(r); !s.ok()) return s;
+  if (absl::Status s = ReadRunning(r, context.max_context); !s.ok()) return s;
   if (absl::Status s = CheckCells(r); !s.ok()) return s;
   // The knobs, on a stand-in for a cell's prompt.
   NeedlePrompt stand_in;
@@ -190,7 +195,7 @@ NeedleSpec SpecOf(const v1::RunNeedleRequest& r, const v1::NeedleCellKey& cell) 
   spec.depth_percent = r.depth_percents(static_cast<int>(cell.depth_index()));
   spec.seed = r.seed();
   spec.trial = cell.trial();
-  spec.max_tokens = static_cast<int>(std::min<uint32_t>(r.max_tokens(), INT32_MAX));
+  spec.max_tokens = static_cast<int>(r.max_tokens());
   return spec;
 }
 

@@ -5,8 +5,10 @@
 #include <limits>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
 #include "absl/time/clock.h"
+#include "server/log.h"
 #include "server/needle_report.h"
 #include "server/needle_request.h"
 #include "server/span_proto.h"
@@ -306,9 +308,21 @@ void NeedleRun::Finish() {
     finished_ = true;
     v1::RunNeedleResponse event;
     *event.mutable_finished() = SummaryLocked();
+    LogEnd(event.finished());
     AppendLocked(std::move(event));
   }
   Notify();
+}
+
+void NeedleRun::LogEnd(const v1::NeedleSummary& summary) const {
+  Log(LogLevel::kInfo, "needle run ended",
+      {{"run_id", id()},
+       {"key", caller_.name()},
+       {"state", v1::NeedleRunState_Name(summary.state())},
+       {"cells", cells_.size()},
+       {"failed", summary.failed_cells()},
+       {"score", absl::StrFormat("%.3f", summary.mean_score())},
+       {"seconds", LogValue::Seconds(absl::ToDoubleSeconds(absl::Now() - started_))}});
 }
 
 void NeedleRun::AppendLocked(v1::RunNeedleResponse event) {

@@ -67,6 +67,7 @@ class NeedleRun : public std::enable_shared_from_this<NeedleRun> {
   void AddMass(const v1::NeedleCell& cell, const std::vector<std::vector<float>>& mass);
   void Finish();
   void Notify();
+  void LogEnd(const v1::NeedleSummary& summary) const;
   v1::NeedleSummary SummaryLocked() const ABSL_SHARED_LOCKS_REQUIRED(mu_);
   void AppendLocked(v1::RunNeedleResponse event) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 

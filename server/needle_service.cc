@@ -12,6 +12,7 @@
 #include "absl/synchronization/mutex.h"
 #include "server/answer.h"
 #include "server/config.h"
+#include "server/log.h"
 #include "server/needle_request.h"
 #include "server/needle_run.h"
 #include "server/status.h"
@@ -213,16 +214,26 @@ class WatchCall : public grpc::ServerWriteReactor<v1::RunNeedleResponse>,
  public:
   WatchCall(const Frontend& frontend, grpc::CallbackServerContext* context)
       : frontend_(frontend), context_(context) {}
+  // Lives from now until OnDone.
+  void Hold() { self_ = shared_from_this(); }
 
-  void Begin(std::shared_ptr<NeedleRun> run) {
-    self_ = shared_from_this();
-    run_ = std::move(run);
+  // Each once, from any thread.
+  void Begin(const std::shared_ptr<NeedleRun>& run) {
     stream_ = frontend_.watchdog.Add([this] { context_->TryCancel(); });
-    run_->Attach(self_);
+    {
+      absl::MutexLock lock(&mu_);
+      run_ = run;
+    }
+    run->Attach(self_);
+    if (Broken()) run->Detach(this);  // the client has left meanwhile
     OnMore();
   }
   void Refuse(const absl::Status& status) {
-    self_ = shared_from_this();
+    Log(LogLevel::kInfo, "request ended",
+        {{"method", "RunNeedle"},
+         {"code", absl::StatusCodeToString(status.code())},
+         {"message", status.message()}});
+    frontend_.metrics.CountRefusal(status);
     Finish(ToGrpc(status, context_));
   }
 
@@ -231,6 +242,7 @@ class WatchCall : public grpc::ServerWriteReactor<v1::RunNeedleResponse>,
     {
       absl::MutexLock lock(&mu_);
       if (writing_ || ended_) return;
+      if (run_ == nullptr) return;
       if (broken_ || run_->EndsAt(next_)) {
         ended_ = true;
         action = Action::kFinish;
@@ -260,27 +272,34 @@ class WatchCall : public grpc::ServerWriteReactor<v1::RunNeedleResponse>,
     OnMore();
   }
   void OnCancel() override {
-    if (run_ == nullptr) return;
     {
       absl::MutexLock lock(&mu_);
       broken_ = true;
     }
-    run_->Detach(this);
+    if (const auto attached = run(); attached != nullptr) attached->Detach(this);
     OnMore();
   }
   void OnDone() override {
     if (stream_ != 0) frontend_.watchdog.Remove(stream_);
-    if (run_ != nullptr) run_->Detach(this);
+    if (const auto attached = run(); attached != nullptr) attached->Detach(this);
     const std::shared_ptr<WatchCall> last = std::move(self_);
+  }
+  std::shared_ptr<NeedleRun> run() const {
+    absl::MutexLock lock(&mu_);
+    return run_;
+  }
+  bool Broken() const {
+    absl::MutexLock lock(&mu_);
+    return broken_;
   }
 
   const Frontend& frontend_;
   grpc::CallbackServerContext* const context_;
   std::shared_ptr<WatchCall> self_;  // until OnDone
-  std::shared_ptr<NeedleRun> run_;
   uint64_t stream_ = 0;
   v1::RunNeedleResponse current_;  // belongs to the outstanding write
-  absl::Mutex mu_;
+  mutable absl::Mutex mu_;
+  std::shared_ptr<NeedleRun> run_ ABSL_GUARDED_BY(mu_);  // once begun
   size_t next_ ABSL_GUARDED_BY(mu_) = 0;
   bool writing_ ABSL_GUARDED_BY(mu_) = false;
   bool broken_ ABSL_GUARDED_BY(mu_) = false;
@@ -294,19 +313,22 @@ class NeedleServiceImpl final : public v1::NeedleService::CallbackService {
   grpc::ServerWriteReactor<v1::RunNeedleResponse>* RunNeedle(
       grpc::CallbackServerContext* context, const v1::RunNeedleRequest* request) override {
     const auto call = std::make_shared<WatchCall>(f_, context);
-    const auto caller = f_.Authenticate(*context, Role::kUser);
+    call->Hold();
+    auto caller = f_.Authenticate(*context, Role::kUser);
     if (!caller.ok()) {
       call->Refuse(caller.status());
       return call.get();
     }
-    bool created = false;
-    auto run = runs_.FindOrCreate(*request, *caller, &created);
-    if (!run.ok()) {
-      call->Refuse(run.status());
-      return call.get();
-    }
-    call->Begin(*run);
-    if (created) (*run)->Start();
+    // A new run tokenizes its haystack and builds a prompt of each length, whatever the message's
+    // size. Until Finish, gRPC keeps the message.
+    const size_t bytes = request->context_lengths().empty() ? 0 : SIZE_MAX;
+    f_.prompt_worker.Run(bytes, [this, call, request, caller = *std::move(caller)] {
+      bool created = false;
+      auto run = runs_.FindOrCreate(*request, caller, &created);
+      if (!run.ok()) return call->Refuse(run.status());
+      if (created) (*run)->Start();
+      call->Begin(*run);  // last: the server may end with the call
+    });
     return call.get();
   }
 

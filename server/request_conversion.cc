@@ -1,7 +1,6 @@
 #include "server/request_conversion.h"
 
 #include <algorithm>
-#include <limits>
 
 #include "absl/random/random.h"
 #include "absl/strings/str_cat.h"
@@ -16,20 +15,14 @@ absl::Status Bad(absl::string_view field, const Parts&... parts) {
   return absl::InvalidArgumentError(absl::StrCat(field, ": ", parts...));
 }
 
-// API counts are unsigned; the engine's are int. What is larger becomes the largest int and is
-// refused by its field's own limit.
-int Clamped(uint32_t value) {
-  return static_cast<int>(std::min<uint32_t>(value, std::numeric_limits<int>::max()));
-}
-
 absl::Status ReadSampling(const v1::SamplingOptions& from, Request& to) {
   SamplingParams& s = to.sampling;
   if (from.has_temperature()) s.temperature = from.temperature();
   if (from.has_top_p()) s.top_p = from.top_p();
-  if (from.has_top_k()) s.top_k = Clamped(from.top_k());
+  if (from.has_top_k()) s.top_k = from.top_k();
   if (from.has_min_p()) s.min_p = from.min_p();
   if (from.has_seed()) s.seed = from.seed();
-  if (from.has_n()) to.n = Clamped(from.n());
+  if (from.has_n()) to.n = from.n();
   if (from.has_presence_penalty()) s.presence_penalty = from.presence_penalty();
   if (from.has_frequency_penalty()) s.frequency_penalty = from.frequency_penalty();
   if (from.has_repetition_penalty()) s.repetition_penalty = from.repetition_penalty();
@@ -38,24 +31,24 @@ absl::Status ReadSampling(const v1::SamplingOptions& from, Request& to) {
                RequestLimits::kMaxBiases);
   }
   for (const auto& [token, bias] : from.logit_bias()) {
-    s.logit_bias.emplace_back(Clamped(token), bias);
+    s.logit_bias.emplace_back(token, bias);
   }
   std::sort(s.logit_bias.begin(), s.logit_bias.end());
   return absl::OkStatus();
 }
 
 void ReadStopping(const v1::StoppingOptions& from, int rest_of_context, StoppingParams& to) {
-  to.max_tokens = from.has_max_tokens() ? Clamped(from.max_tokens()) : rest_of_context;
-  to.min_tokens = Clamped(from.min_tokens());
+  to.max_tokens = from.has_max_tokens() ? from.max_tokens() : rest_of_context;
+  to.min_tokens = from.min_tokens();
   to.stop.assign(from.stop().begin(), from.stop().end());
-  for (uint32_t id : from.stop_token_ids()) to.stop_token_ids.push_back(Clamped(id));
+  for (uint32_t id : from.stop_token_ids()) to.stop_token_ids.push_back(id);
   to.ignore_eos = from.ignore_eos();
   to.include_stop_in_output = from.include_stop_in_output();
 }
 
 void ReadOutput(const v1::OutputOptions& from, OutputParams& to) {
-  if (from.has_logprobs()) to.logprobs = Clamped(from.logprobs());
-  if (from.has_prompt_logprobs()) to.prompt_logprobs = Clamped(from.prompt_logprobs());
+  if (from.has_logprobs()) to.logprobs = from.logprobs();
+  if (from.has_prompt_logprobs()) to.prompt_logprobs = from.prompt_logprobs();
   if (from.has_skip_special_tokens()) to.skip_special_tokens = from.skip_special_tokens();
   to.attention_spans = from.return_attention_spans();
 }

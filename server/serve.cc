@@ -1,5 +1,6 @@
 #include "server/serve.h"
 
+#include <grpc/support/log.h>
 #include <poll.h>
 #include <signal.h>
 #include <sys/signalfd.h>
@@ -40,6 +41,14 @@ class Signals {
   int fd_;
 };
 
+// What gRPC itself has to say, as lines of ours.
+void LogOfGrpc(gpr_log_func_args* line) {
+  const LogLevel level = line->severity == GPR_LOG_SEVERITY_ERROR  ? LogLevel::kError
+                         : line->severity == GPR_LOG_SEVERITY_INFO ? LogLevel::kInfo
+                                                                   : LogLevel::kDebug;
+  Log(level, "grpc", {{"message", line->message}});
+}
+
 }  // namespace
 
 int RunServe(int argc, char** argv) {
@@ -47,11 +56,16 @@ int RunServe(int argc, char** argv) {
   if (auto exit = ReadConfig(argc, argv, &config); exit.has_value()) return *exit;
   SetLogLevel(config.log_level);
   SetLogFormat(config.log_format);
+  gpr_set_log_function(LogOfGrpc);
   const Signals signals;  // before any thread, so that all inherit the mask
   const absl::Time begin = absl::Now();
   auto server = Server::Start(config, [] { kill(getpid(), SIGTERM); });
   if (!server.ok()) {
-    std::cerr << "longspan serve: " << server.status().message() << "\n";
+    if (config.log_format == "json") {
+      Log(LogLevel::kError, "cannot serve", {{"message", server.status().message()}});
+    } else {
+      std::cerr << "longspan serve: " << server.status().message() << "\n";
+    }
     return absl::IsInvalidArgument(server.status()) ? 2 : 1;
   }
   (*server)->LogReady(absl::Now() - begin);

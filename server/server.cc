@@ -95,7 +95,8 @@ absl::Status Server::Impl::Load(const std::function<void()>& request_shutdown) {
   options.max_logit_rows = std::max(options.max_logit_rows, config.max_running);
   options.cache_dtype = config.kv_dtype == "f32" ? DType::kF32 : DType::kBF16;
   auto loaded = LoadModel(config.model, *backend, options);
-  if (!loaded.ok()) return loaded.status();
+  // Not InvalidArgument: the command was used rightly, the file is not good.
+  if (!loaded.ok()) return absl::FailedPreconditionError(loaded.status().message());
   model = *std::move(loaded);
   if (config.names.empty()) config.names = {model.model->spec().name};
 
@@ -111,7 +112,9 @@ absl::Status Server::Impl::Load(const std::function<void()>& request_shutdown) {
   engine_options.max_context = config.max_context;
   engine_options.spans = LevelOf(config);
   engine_options.span_every = config.attention_sample_every;
-  metrics = std::make_unique<Metrics>(config.names.front(), config.metrics_compat == "vllm");
+  const int context = config.max_context > 0 ? config.max_context : model.model->spec().max_context;
+  metrics =
+      std::make_unique<Metrics>(config.names.front(), context, config.metrics_compat == "vllm");
   auto made = Engine::Create(&model, *backend, engine_options,
                              [m = metrics.get()](const StepReport& report) { m->OnStep(report); });
   if (!made.ok()) return made.status();
@@ -130,10 +133,10 @@ absl::Status Server::Impl::Listen(std::function<void()> request_shutdown) {
   conversion.max_context = engine->options().max_context;
   conversion.model_names = config.names;
   conversion.max_prompt_bytes = config.max_prompt_bytes;
-  frontend.reset(new Frontend{*engine, *metrics, *watchdog, *access, *prompt_worker,
-                              std::move(conversion), config.max_header_bytes, backend->name(),
-                              config.model, [this] { Drain(); }, [this] { return Resume(); },
-                              std::move(request_shutdown)});
+  frontend.reset(new Frontend{
+      *engine, *metrics, *watchdog, *access, *prompt_worker, std::move(conversion),
+      config.max_header_bytes, static_cast<size_t>(config.log_prompt_bytes), backend->name(),
+      config.model, [this] { Drain(); }, [this] { return Resume(); }, std::move(request_shutdown)});
 
   grpc::EnableDefaultHealthCheckService(true);
   grpc::reflection::InitProtoReflectionServerBuilderPlugin();

@@ -77,7 +77,11 @@ TEST(EngineStress, RandomClientsLeaveNothingBehind) {
         Request request = Random(random, id);
         auto client = std::make_unique<Client>(engine, request.n);
         const int cancel_after = random() % 5 == 0 ? static_cast<int>(random() % 8) : -1;
-        if (random() % 10 == 0) {  // the client leaves in the middle of an event
+        if (random() % 20 == 0) {  // its reader stands still for a while
+          client->on_event = [pause = random() % 5](const Event&) {
+            absl::SleepFor(absl::Milliseconds(pause));
+          };
+        } else if (random() % 10 == 0) {  // the client leaves in the middle of an event
           client->on_event = [&engine, id, count = 0, cancel_after](const Event&) mutable {
             if (count++ == cancel_after) engine.Cancel(id);
           };

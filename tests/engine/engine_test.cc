@@ -506,6 +506,8 @@ TEST(Engine, RefusesWhatCannotBeServedWithFieldValueAndLimit) {
       {"stopping.max_tokens: is 0", [](Request& r) { r.stopping.max_tokens = 0; }},
       {"stopping.min_tokens: is 11", [](Request& r) { r.stopping.min_tokens = 11; }},
       {"sampling.n: is 65", [](Request& r) { r.n = 65; }},
+      {"sampling.top_k: is 4294967295, must be from 0 to 1073741824",
+       [](Request& r) { r.sampling.top_k = 4294967295; }},
       {"sampling.n: is 0", [](Request& r) { r.n = 0; }},
       {"sampling.temperature: is nan", [](Request& r) { r.sampling.temperature = kNan; }},
       {"sampling.temperature: is -1", [](Request& r) { r.sampling.temperature = -1; }},
@@ -520,7 +522,7 @@ TEST(Engine, RefusesWhatCannotBeServedWithFieldValueAndLimit) {
        [](Request& r) {
          r.sampling.logit_bias = {{100000, 1.0f}};
        }},
-      {"sampling.logit_bias",
+      {"sampling.logit_bias[1]: is nan",
        [](Request& r) {
          r.sampling.logit_bias = {{1, kNan}};
        }},
@@ -531,7 +533,10 @@ TEST(Engine, RefusesWhatCannotBeServedWithFieldValueAndLimit) {
       {"stopping.stop", [](Request& r) { r.stopping.stop.assign(17, "x"); }},
       {"1024", [](Request& r) { r.stopping.stop = {std::string(1025, 'x')}; }},
       {"UTF-8", [](Request& r) { r.stopping.stop = {"\xc3\x28"}; }},
-      {"empty", [](Request& r) { r.stopping.stop = {""}; }},
+      {"stopping.stop[1]: is empty",
+       [](Request& r) {
+         r.stopping.stop = {"a", ""};
+       }},
       {"output.logprobs: is 21", [](Request& r) { r.output.logprobs = 21; }},
       {"output.prompt_logprobs: is -1", [](Request& r) { r.output.prompt_logprobs = -1; }},
       {"probes",
@@ -560,11 +565,9 @@ TEST(Engine, RefusesWhatNeverFitsAndWhatAFullQueueCannotTake) {
   absl::Status status = Complete(engine, Ask("large", 300, 100)).status;
   EXPECT_TRUE(absl::IsResourceExhausted(status));
   EXPECT_THAT(std::string(status.message()), StartsWith("can never fit"));
-  EXPECT_EQ(engine.Stats().refused_never_fits, 1u);
   status = Complete(engine, Ask("longer than the queue", 101, 5)).status;
   EXPECT_TRUE(absl::IsResourceExhausted(status));
   EXPECT_EQ(status.message(), "can never fit: the prompt has 101 tokens, the queue holds 100");
-  EXPECT_EQ(engine.Stats().refused_never_fits, 2u);
 
   // The first one runs and stands still in its sink while others queue.
   absl::Notification started, go_on;
@@ -585,7 +588,6 @@ TEST(Engine, RefusesWhatNeverFitsAndWhatAFullQueueCannotTake) {
   ASSERT_TRUE(c.Submit(Ask("c", 10, 5)).ok());
   status = Complete(engine, Ask("requests", 1, 5)).status;
   EXPECT_THAT(std::string(status.message()), StartsWith("queue is full: 3 requests"));
-  EXPECT_EQ(engine.Stats().refused_queue_full, 2u);
   EXPECT_EQ(engine.Stats().queued_tokens, 90);
   go_on.Notify();
   for (Client* client : {&first, &a, &b, &c}) EXPECT_TRUE(client->Wait().status.ok());

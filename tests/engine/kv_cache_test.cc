@@ -58,6 +58,7 @@ TEST(KvCache, ReserveTakesAllKindsOrNone) {
   ASSERT_TRUE(cache.Reserve(a, 4));  // one page of each kind; two are free
   ASSERT_TRUE(cache.Reserve(b, 4));
   const CacheUsage before = cache.Usage();
+  EXPECT_EQ(before.paged_pages_total, 4) << "what an empty cache holds, whatever is used";
   EXPECT_FALSE(cache.CanReserve(a, 5));
   EXPECT_FALSE(cache.Reserve(a, 5));
   EXPECT_EQ(cache.Usage().used_bytes, before.used_bytes);

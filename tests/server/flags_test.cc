@@ -102,6 +102,27 @@ TEST(Flags, TakesTheEnvironmentUnlessTheCommandLineSaysOtherwise) {
   EXPECT_EQ(o.bytes, 1024);
 }
 
+TEST(Flags, AFlagWithAVariableOfItsOwnIgnoresTheOneOfItsName) {
+  std::string model = "none";
+  Flags flags("complete", "", "");
+  flags.String("model", &model, "NAME", "which");
+  flags.Variable("model", "LONGSPAN_CLIENT_MODEL");
+  const std::map<std::string, std::string> environment = {{"LONGSPAN_MODEL", "/a/path"},
+                                                          {"LONGSPAN_CLIENT_MODEL", "served"}};
+  bool help = false;
+  ASSERT_TRUE(flags
+                  .Read(
+                      {},
+                      [&](const char* name) {
+                        const auto it = environment.find(name);
+                        return it == environment.end() ? nullptr : it->second.c_str();
+                      },
+                      nullptr, &help)
+                  .ok());
+  EXPECT_EQ(model, "served");
+  EXPECT_THAT(flags.Help(), HasSubstr("LONGSPAN_CLIENT_MODEL"));
+}
+
 TEST(Flags, RepeatedFlagsAddUpAndReplaceTheEnvironments) {
   Options o;
   ASSERT_TRUE(Read(o, {"--alias", "a", "--alias", "b"}, {{"LONGSPAN_ALIAS", "env"}}).ok());

@@ -64,7 +64,7 @@ class LargePages : public ::testing::Test {
   std::unique_ptr<Backend> backend_;
   LoadedModel model_;
   std::unique_ptr<Engine> engine_;
-  Metrics metrics_{"tiny", true};
+  Metrics metrics_{"tiny", 1024, true};
   std::unique_ptr<HttpDoor> door_;
 };
 

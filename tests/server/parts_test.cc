@@ -1,4 +1,4 @@
-// Small parts of the server by themselves: log lines, the watchdog, percentiles, metric pages.
+// Small parts of the server by themselves: log lines, the watchdog, percentiles, metrics.
 #include <atomic>
 #include <cstring>
 #include <nlohmann/json.hpp>
@@ -9,6 +9,7 @@
 #include "gtest/gtest.h"
 #include "server/log.h"
 #include "server/metric_page.h"
+#include "server/metrics.h"
 #include "server/span_proto.h"
 #include "server/stall_watchdog.h"
 #include "server/trace_parent.h"
@@ -18,6 +19,7 @@ namespace {
 
 using ::testing::EndsWith;
 using ::testing::HasSubstr;
+using ::testing::Not;
 
 TEST(Log, QuotesValuesThatWouldBreakTheLine) {
   const std::string line = LogLine(LogFormat::kText, LogLevel::kInfo, "ready",
@@ -116,6 +118,26 @@ TEST(SpanDifference, IsWhatCameSinceUnlessAResetCameBetween) {
   now.observed_queries = 2;
   EXPECT_EQ(Difference(now, before).observed_queries, 2u);
   EXPECT_DOUBLE_EQ(Difference(now, before).sums.at(0, 0).far_mass, 5);
+}
+
+TEST(Metrics, CountsRefusalsByTheirReason) {
+  Metrics metrics("model", 1024, /*vllm_aliases=*/false);
+  metrics.CountRefusal(absl::OkStatus());
+  metrics.CountRefusal(absl::InvalidArgumentError("no reason"));
+  metrics.CountRefusal(WithReason(absl::InvalidArgumentError("x"), "CONTEXT_LENGTH_EXCEEDED"));
+  for (int i = 0; i < 2; ++i) {
+    metrics.CountRefusal(WithReason(absl::ResourceExhaustedError("x"), "KEY_LIMIT"));
+  }
+  const std::string page = metrics.Page();
+  EXPECT_THAT(page, HasSubstr("longspan_refusals_total{reason=\"key_limit\"} 2\n"));
+  EXPECT_THAT(page, HasSubstr("longspan_refusals_total{reason=\"queue_full\"} 0\n"));
+  EXPECT_THAT(page, HasSubstr("longspan_refusals_total{reason=\"never_fits\"} 0\n"));
+}
+
+TEST(Metrics, TokenBucketsReachAsFarAsTheContext) {
+  const std::string page = Metrics("model", 131072, /*vllm_aliases=*/false).Page();
+  EXPECT_THAT(page, HasSubstr("longspan_request_prompt_tokens_bucket{le=\"200000\"}"));
+  EXPECT_THAT(page, Not(HasSubstr("longspan_request_prompt_tokens_bucket{le=\"500000\"}")));
 }
 
 TEST(MetricPage, KeepsASeriesOfOneNameTogether) {

@@ -171,13 +171,13 @@ TEST_F(RequestConversion, BoundsWhatItKeepsOnlyToIgnore) {
   EXPECT_EQ(Refusal(), "cache_salt: has 257 bytes, the limit is 256");
 }
 
-TEST_F(RequestConversion, TooLargeCountsStayTooLarge) {
+TEST_F(RequestConversion, TooLargeCountsStayWhatTheyAre) {
   request_.mutable_sampling()->set_n(std::numeric_limits<uint32_t>::max());
   request_.mutable_stopping()->set_max_tokens(std::numeric_limits<uint32_t>::max());
   auto r = ToRequest(request_, context_);
   ASSERT_TRUE(r.ok());
-  EXPECT_EQ(r->n, std::numeric_limits<int>::max());
-  EXPECT_EQ(r->stopping.max_tokens, std::numeric_limits<int>::max());
+  EXPECT_EQ(r->n, 4294967295);
+  EXPECT_EQ(r->stopping.max_tokens, 4294967295);
 }
 
 TEST_F(RequestConversion, RefusesAChatWithoutATemplateByName) {
