@@ -1,0 +1,359 @@
+// A model's speed without a server: prefill, decode, and each op's time, bytes and operations.
+#include <algorithm>
+#include <iostream>
+#include <nlohmann/json.hpp>
+#include <optional>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/time/clock.h"
+#include "engine/engine.h"
+#include "server/bench.h"
+#include "server/config.h"
+#include "server/device.h"
+
+namespace longspan {
+namespace {
+
+using nlohmann::ordered_json;
+
+struct OpCount {
+  int64_t calls = 0, nanoseconds = 0, bytes = 0, flops = 0;
+
+  OpCount& operator+=(const OpCount& o) {
+    calls += o.calls;
+    nanoseconds += o.nanoseconds;
+    bytes += o.bytes;
+    flops += o.flops;
+    return *this;
+  }
+  OpCount operator-(const OpCount& o) const {
+    return {calls - o.calls, nanoseconds - o.nanoseconds, bytes - o.bytes, flops - o.flops};
+  }
+};
+using OpCounts = std::vector<OpCount>;
+
+OpCounts ReadProfile(const Backend& backend) {
+  OpCounts counts(kOpCount);
+  for (int i = 0; i < kOpCount; ++i) {
+    const OpTotals& totals = backend.Profile(static_cast<OpId>(i));
+    counts[i] = {totals.calls, totals.nanoseconds, totals.bytes, totals.flops};
+  }
+  return counts;
+}
+
+// A kind of work. `readers` prompts of `context` tokens are read, one after another, while
+// `decoders` sequences that have read `context` tokens of their own generate; without decoders or
+// without readers it is prefill or decode alone.
+struct Workload {
+  std::string name;
+  int readers = 0, decoders = 0, context = 0;
+};
+
+// One measured kind of work: medians over its repeats, and the ops of all of them.
+struct Phase {
+  Workload work;
+  double tokens_per_second = 0;  // of the readers if there are any, else of the decoders
+  double longest_gap = 0;        // seconds between two tokens of a decoder
+  OpCounts ops;
+};
+
+class OfflineBench {
+ public:
+  static absl::StatusOr<std::unique_ptr<OfflineBench>> Open(const BenchOptions& options);
+
+  absl::StatusOr<Phase> Measure(const Workload& work);
+  int max_context() const { return engine_->options().max_context; }
+  std::string Title() const {
+    return absl::StrCat(loaded_.model->spec().name, " on ", backend_->name());
+  }
+  Roofline MeasureRoofline() { return backend_->MeasureRoofline(); }
+
+ private:
+  explicit OfflineBench(const BenchOptions& options) : options_(options) {}
+  class Sequence;
+  struct Run {
+    int64_t tokens = 0;
+    double seconds = 0, longest_gap = 0;
+    OpCounts ops;
+  };
+  absl::StatusOr<Run> Once(const Workload& work);
+
+  const BenchOptions options_;
+  std::unique_ptr<Backend> backend_;
+  LoadedModel loaded_;
+  std::unique_ptr<Engine> engine_;
+  int runs_ = 0;
+};
+
+absl::StatusOr<std::unique_ptr<OfflineBench>> OfflineBench::Open(const BenchOptions& options) {
+  std::unique_ptr<OfflineBench> bench(new OfflineBench(options));
+  std::string path = options.model;
+  if (path.empty()) {
+    auto found = DefaultModelPath();
+    if (!found.ok()) return found.status();
+    path = *found;
+  }
+  auto device = OpenDevice(options.device, options.threads);
+  if (!device.ok()) return device.status();
+  bench->backend_ = *std::move(device);
+  ModelOptions model_options;
+  model_options.max_rows = options.max_batched_tokens;
+  model_options.cache_dtype = options.kv_dtype == "f32" ? DType::kF32 : DType::kBF16;
+  auto loaded = LoadModel(path, *bench->backend_, model_options);
+  if (!loaded.ok()) return loaded.status();
+  bench->loaded_ = *std::move(loaded);
+  EngineOptions engine_options;
+  engine_options.limits.max_batched_tokens = options.max_batched_tokens;
+  engine_options.limits.max_running = std::max<int>(
+      engine_options.limits.max_running,
+      static_cast<int>(*std::max_element(options.batches.begin(), options.batches.end())) + 1);
+  auto engine = Engine::Create(&bench->loaded_, *bench->backend_, engine_options);
+  if (!engine.ok()) return engine.status();
+  bench->engine_ = *std::move(engine);
+  return bench;
+}
+
+// One request of a bench, watched from any thread.
+class OfflineBench::Sequence {
+ public:
+  // Random-looking tokens, greedy, to the last of `output` tokens.
+  static absl::StatusOr<std::unique_ptr<Sequence>> Start(OfflineBench& bench, int prompt,
+                                                         int output) {
+    auto sequence = std::make_unique<Sequence>();
+    const int run = ++bench.runs_;
+    Request request;
+    request.id = sequence->id_ = absl::StrCat("bench-", run);
+    const int vocab = bench.loaded_.model->spec().vocab;
+    for (int64_t i = 0; i < prompt; ++i) {
+      request.prompt.push_back(static_cast<int32_t>((i * 7919 + run * int64_t{104729}) % vocab));
+    }
+    request.sampling.temperature = 0;
+    request.stopping.max_tokens = output;
+    request.stopping.ignore_eos = true;
+    const absl::Status status = bench.engine_->Submit(
+        std::move(request), [s = sequence.get()](Event event) { s->On(std::move(event)); });
+    if (!status.ok()) return status;
+    return sequence;
+  }
+
+  // Waits for `tokens` more tokens than it has made since StartCounting(), or for its end.
+  void AwaitTokens(int tokens) {
+    absl::MutexLock lock(&mu_);
+    awaited_ = tokens;
+    mu_.Await(absl::Condition(this, &Sequence::HasTokens));
+  }
+  absl::Status AwaitEnd() {
+    absl::MutexLock lock(&mu_);
+    mu_.Await(absl::Condition(this, &Sequence::Ended));
+    return *status_;
+  }
+  void StartCounting() {
+    absl::MutexLock lock(&mu_);
+    tokens_ = 0;
+    longest_gap_ = absl::ZeroDuration();
+  }
+  const std::string& id() const { return id_; }
+  int tokens() const {
+    absl::MutexLock lock(&mu_);
+    return tokens_;
+  }
+  absl::Duration longest_gap() const {
+    absl::MutexLock lock(&mu_);
+    return longest_gap_;
+  }
+
+ private:
+  void On(Event event) {
+    const absl::Time now = absl::Now();
+    absl::MutexLock lock(&mu_);
+    if (event.kind == Event::Kind::kFinished) {
+      status_ = std::move(event.status);
+    } else if (event.kind == Event::Kind::kDelta && !event.tokens.empty()) {
+      if (tokens_ > 0) longest_gap_ = std::max(longest_gap_, now - last_);
+      last_ = now;
+      ++tokens_;
+    }
+  }
+  bool HasTokens() const { return tokens_ >= awaited_ || Ended(); }
+  bool Ended() const { return status_.has_value(); }
+
+  std::string id_;
+  mutable absl::Mutex mu_;
+  std::optional<absl::Status> status_;
+  absl::Time last_;
+  absl::Duration longest_gap_;
+  int tokens_ = 0, awaited_ = 0;
+};
+
+absl::StatusOr<OfflineBench::Run> OfflineBench::Once(const Workload& work) {
+  // Decoders go on until they are told to stop, so that all decode all the while.
+  std::vector<std::unique_ptr<Sequence>> decoders;
+  for (int i = 0; i < work.decoders; ++i) {
+    auto started = Sequence::Start(*this, work.context, max_context() - work.context);
+    if (!started.ok()) return started.status();
+    decoders.push_back(*std::move(started));
+  }
+  for (const auto& decoder : decoders) decoder->AwaitTokens(1);
+  for (const auto& decoder : decoders) decoder->StartCounting();
+  Run run;
+  run.ops = ReadProfile(*backend_);
+  const absl::Time begin = absl::Now();
+  for (int i = 0; i < work.readers; ++i) {
+    auto reader = Sequence::Start(*this, work.context, 1);
+    if (!reader.ok()) return reader.status();
+    if (absl::Status ended = (*reader)->AwaitEnd(); !ended.ok()) return ended;
+    run.tokens += work.context;
+  }
+  if (work.readers == 0) {
+    for (const auto& decoder : decoders) decoder->AwaitTokens(options_.tokens);
+    for (const auto& decoder : decoders) run.tokens += decoder->tokens();
+  }
+  run.seconds = absl::ToDoubleSeconds(absl::Now() - begin);
+  const OpCounts after = ReadProfile(*backend_);
+  for (int i = 0; i < kOpCount; ++i) run.ops[i] = after[i] - run.ops[i];
+  for (const auto& decoder : decoders) {
+    run.longest_gap = std::max(run.longest_gap, absl::ToDoubleSeconds(decoder->longest_gap()));
+    engine_->Cancel(decoder->id());
+    if (absl::Status ended = decoder->AwaitEnd(); !absl::IsCancelled(ended)) {
+      return absl::InternalError(absl::StrCat("a decoder ended early: ", ended.ToString()));
+    }
+  }
+  engine_->WaitIdle(absl::Seconds(5));
+  return run;
+}
+
+double Median(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  return values[values.size() / 2];
+}
+
+absl::StatusOr<Phase> OfflineBench::Measure(const Workload& work) {
+  Phase phase;
+  phase.work = work;
+  if (auto warm = Once(work); !warm.ok()) return warm.status();
+  std::vector<double> rates, gaps;
+  phase.ops.resize(kOpCount);
+  for (int i = 0; i < options_.repeats; ++i) {
+    auto run = Once(work);
+    if (!run.ok()) return run.status();
+    rates.push_back(static_cast<double>(run->tokens) / run->seconds);
+    gaps.push_back(run->longest_gap);
+    for (int op = 0; op < kOpCount; ++op) phase.ops[op] += run->ops[op];
+  }
+  phase.tokens_per_second = Median(rates);
+  phase.longest_gap = Median(gaps);
+  return phase;
+}
+
+void PrintPhase(const Phase& phase, const Roofline& roofline, bool ops) {
+  std::cout << absl::StreamFormat("%-40s %10.1f tokens/s", phase.work.name,
+                                  phase.tokens_per_second);
+  if (phase.work.decoders > 0) {
+    std::cout << absl::StreamFormat("  longest gap %.1f ms", phase.longest_gap * 1e3);
+  }
+  std::cout << "\n";
+  if (!ops) return;
+  int64_t total = 0;
+  for (const OpCount& op : phase.ops) total += op.nanoseconds;
+  for (int i = 0; i < kOpCount; ++i) {
+    const OpCount& op = phase.ops[i];
+    if (op.calls == 0) continue;
+    const double ns = static_cast<double>(std::max<int64_t>(op.nanoseconds, 1));
+    const double gb = static_cast<double>(op.bytes) / ns, gop = static_cast<double>(op.flops) / ns;
+    std::cout << absl::StreamFormat(
+        "    %-16s %8d calls %10.1f us each %5.1f%% of time %8.2f GB/s %4.0f%% %9.2f GOP/s "
+        "%4.0f%%\n",
+        OpName(static_cast<OpId>(i)), op.calls, ns / 1e3 / static_cast<double>(op.calls),
+        100 * ns / static_cast<double>(std::max<int64_t>(total, 1)), gb,
+        1e11 * gb / roofline.bytes_per_second, gop, 1e11 * gop / roofline.operations_per_second);
+  }
+}
+
+ordered_json PhaseJson(const Phase& phase) {
+  ordered_json ops = ordered_json::object();
+  for (int i = 0; i < kOpCount; ++i) {
+    const OpCount& op = phase.ops[i];
+    if (op.calls == 0) continue;
+    ops[OpName(static_cast<OpId>(i))] = {{"calls", op.calls},
+                                         {"nanoseconds", op.nanoseconds},
+                                         {"bytes", op.bytes},
+                                         {"flops", op.flops}};
+  }
+  return {{"name", phase.work.name},
+          {"readers", phase.work.readers},
+          {"decoders", phase.work.decoders},
+          {"context", phase.work.context},
+          {"tokens_per_second", phase.tokens_per_second},
+          {"longest_gap_seconds", phase.longest_gap},
+          {"ops", ops}};
+}
+
+std::vector<Workload> WorksOf(const BenchOptions& options) {
+  std::vector<Workload> works;
+  for (const int64_t prompt : options.prompts) {
+    works.push_back({absl::StrCat("prefill ", prompt), 1, 0, static_cast<int>(prompt)});
+  }
+  for (const int64_t context : options.contexts) {
+    for (const int64_t batch : options.batches) {
+      works.push_back({absl::StrCat("decode, ", batch, batch == 1 ? " sequence" : " sequences",
+                                    " at ", context),
+                       0, static_cast<int>(batch), static_cast<int>(context)});
+    }
+  }
+  const int64_t prompt = options.prompts.back();
+  const int64_t batch = options.batches.back();
+  works.push_back({absl::StrCat("prefill ", prompt, " beside ", batch, " decoding"), 1,
+                   static_cast<int>(batch), static_cast<int>(prompt)});
+  return works;
+}
+
+}  // namespace
+
+int BenchModel(const BenchOptions& options) {
+  auto bench = OfflineBench::Open(options);
+  if (!bench.ok()) {
+    std::cerr << "longspan bench: " << bench.status().message() << "\n";
+    return 1;
+  }
+  const std::vector<Workload> works = WorksOf(options);
+  for (const Workload& work : works) {
+    const int needs = work.context + (work.decoders > 0 ? options.tokens : 0);
+    if (needs >= (*bench)->max_context()) {
+      std::cerr << "longspan bench: '" << work.name << "' needs " << needs + 1
+                << " tokens, the context is " << (*bench)->max_context() << "\n";
+      return 2;
+    }
+  }
+  const Roofline roofline = (*bench)->MeasureRoofline();
+  ordered_json phases = ordered_json::array();
+  if (!options.json) {
+    std::cout << (*bench)->Title()
+              << absl::StreamFormat("; it reads %.1f GB/s and does %.0f GOP/s, which is 100%%\n",
+                                    roofline.bytes_per_second / 1e9,
+                                    roofline.operations_per_second / 1e9);
+  }
+  for (const Workload& work : works) {
+    auto phase = (*bench)->Measure(work);
+    if (!phase.ok()) {
+      std::cerr << "longspan bench: " << work.name << ": " << phase.status().message() << "\n";
+      return 1;
+    }
+    if (options.json) {
+      phases.push_back(PhaseJson(*phase));
+    } else {
+      PrintPhase(*phase, roofline, options.ops);
+    }
+  }
+  if (options.json) {
+    const ordered_json result = {{"machine", (*bench)->Title()},
+                                 {"read_bytes_per_second", roofline.bytes_per_second},
+                                 {"operations_per_second", roofline.operations_per_second},
+                                 {"phases", phases}};
+    std::cout << result.dump(2) << "\n";
+  }
+  return 0;
+}
+
+}  // namespace longspan
