@@ -3,6 +3,7 @@
 #include <array>
 #include <filesystem>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "models/checkpoint_file.h"
@@ -33,7 +34,9 @@ std::string NameFromPath(const std::string& path) {
     const std::filesystem::path full = std::filesystem::canonical(p, error);
     if (!error) p = full;
   }
-  return p.extension() == ".gguf" ? p.stem().string() : p.filename().string();
+  if (p.filename() == "config.json" && p.has_parent_path()) return NameFromPath(p.parent_path());
+  const bool file = p.extension() == ".gguf" || p.extension() == ".json";
+  return file ? p.stem().string() : p.filename().string();
 }
 
 absl::Status InFile(const std::string& path, const absl::Status& status) {
@@ -161,15 +164,16 @@ absl::StatusOr<ModelSpec> ReadSpec(const Checkpoint& checkpoint) {
 
 absl::StatusOr<ModelSpec> ReadSpecAt(const std::string& path) {
   std::error_code error;
-  if (!std::filesystem::is_directory(path, error)) {
+  const bool directory = std::filesystem::is_directory(path, error);
+  if (!directory && !absl::EndsWithIgnoreCase(path, ".json")) {
     absl::StatusOr<std::unique_ptr<Checkpoint>> checkpoint = Checkpoint::Open(path);
     if (!checkpoint.ok()) return checkpoint.status();
     return ReadSpec(**checkpoint);
   }
   std::array<std::string, 2> texts;
   const char* const names[] = {"config.json", "generation_config.json"};
-  for (size_t i = 0; i < texts.size(); ++i) {
-    absl::StatusOr<std::string> file = PathInside(path, names[i]);
+  for (size_t i = 0; i < (directory ? texts.size() : 1); ++i) {
+    absl::StatusOr<std::string> file = directory ? PathInside(path, names[i]) : path;
     if (i > 0 && absl::IsNotFound(file.status())) continue;
     if (!file.ok()) return file.status();
     absl::StatusOr<std::string> text = ReadSmallFile(*file, kMaxConfigFile);

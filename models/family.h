@@ -17,7 +17,7 @@ namespace longspan {
 absl::StatusOr<ModelSpec> ReadSpec(const Checkpoint& checkpoint);
 
 // The same from a path, of weights that need not be there or be readable: a directory with
-// config.json, or a .gguf file. For `describe`.
+// config.json, such a file alone (any name ending in .json), or a .gguf file. For `describe`.
 absl::StatusOr<ModelSpec> ReadSpecAt(const std::string& path);
 
 // Parses config.json's text alone (fuzzed).

@@ -4,16 +4,12 @@
 #include "absl/strings/str_join.h"
 #include "models/family.h"
 #include "models/model.h"
+#include "models/random_checkpoint.h"
 
 namespace longspan {
 namespace {
 
-// Reads a directory's description before its weights: those of a family that cannot run may be of
-// types that cannot be read either, and the missing features say more. A GGUF file describes
-// itself.
-absl::Status CheckDirectoryRuns(const std::string& path, const OpTable& ops) {
-  std::error_code error;
-  if (!std::filesystem::is_directory(path, error)) return absl::OkStatus();
+absl::Status CheckRuns(const std::string& path, const OpTable& ops) {
   const absl::StatusOr<ModelSpec> spec = ReadSpecAt(path);
   if (!spec.ok()) return spec.status();
   const std::vector<std::string> missing = MissingFor(*spec, ops);
@@ -22,12 +18,26 @@ absl::Status CheckDirectoryRuns(const std::string& path, const OpTable& ops) {
       path, ": ", spec->family, " needs what is missing: ", absl::StrJoin(missing, ", ")));
 }
 
+// Knows no text: ids outside its vocabulary of one have none.
+absl::StatusOr<std::unique_ptr<Tokenizer>> TokenizerOfNoText() {
+  return Tokenizer::FromGguf({{"tokenizer.ggml.model", std::string("llama")},
+                              {"tokenizer.ggml.tokens", std::vector<std::string>{"<unk>"}},
+                              {"tokenizer.ggml.token_type", std::vector<int64_t>{2}},
+                              {"tokenizer.ggml.scores", std::vector<double>{0}},
+                              {"tokenizer.ggml.unknown_token_id", uint64_t{0}}});
+}
+
 }  // namespace
 
 absl::StatusOr<LoadedModel> LoadModel(const std::string& path, Backend& backend,
                                       const ModelOptions& options) {
   LoadedModel loaded;
-  if (absl::Status runs = CheckDirectoryRuns(path, backend.ops()); !runs.ok()) return runs;
+  // A directory's description before its weights: those of a family that cannot run may be of types
+  // that cannot be read either, and the missing features say more. A GGUF file describes itself.
+  std::error_code error;
+  if (std::filesystem::is_directory(path, error)) {
+    if (absl::Status runs = CheckRuns(path, backend.ops()); !runs.ok()) return runs;
+  }
   auto checkpoint = Checkpoint::Open(path);
   if (!checkpoint.ok()) return checkpoint.status();
   loaded.checkpoint = *std::move(checkpoint);
@@ -47,6 +57,23 @@ absl::StatusOr<LoadedModel> LoadModel(const std::string& path, Backend& backend,
                                                    " tokens, the embedding table ", spec.vocab));
   }
   loaded.chat_template = ChatTemplate::For(spec, *loaded.tokenizer);
+  return loaded;
+}
+
+absl::StatusOr<LoadedModel> LoadRandomModel(const std::string& config, DType matrices,
+                                            Backend& backend, const ModelOptions& options) {
+  if (absl::Status runs = CheckRuns(config, backend.ops()); !runs.ok()) return runs;
+  LoadedModel loaded;
+  auto checkpoint =
+      MakeRandomCheckpoint(config, {.matrices = matrices, .overlapping = !backend.host_memory()});
+  if (!checkpoint.ok()) return checkpoint.status();
+  loaded.checkpoint = *std::move(checkpoint);
+  auto tokenizer = TokenizerOfNoText();
+  if (!tokenizer.ok()) return tokenizer.status();
+  loaded.tokenizer = *std::move(tokenizer);
+  auto model = Model::Load(loaded.checkpoint, backend, options);
+  if (!model.ok()) return model.status();
+  loaded.model = *std::move(model);
   return loaded;
 }
 

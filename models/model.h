@@ -77,4 +77,9 @@ struct LoadedModel {
 absl::StatusOr<LoadedModel> LoadModel(const std::string& path, Backend& backend,
                                       const ModelOptions& options);
 
+// The model that a config.json describes, with random weights (models/random_checkpoint.h) and a
+// tokenizer that knows no text: ids go in and come out. To measure a shape without its weights.
+absl::StatusOr<LoadedModel> LoadRandomModel(const std::string& config, DType matrices,
+                                            Backend& backend, const ModelOptions& options);
+
 }  // namespace longspan
