@@ -5,14 +5,27 @@
 #include <string>
 #include <vector>
 
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
 #include "server/cli_client.h"
 
 namespace longspan {
 
+// Sequences of one length; `count` is 0 where it was not told.
+struct BenchItem {
+  int count = 0;
+  int tokens = 0;
+};
+// "512,32x2k": one of 512 tokens and 32 of 2,048. InvalidArgument names the item.
+absl::StatusOr<std::vector<BenchItem>> ParseBenchItems(absl::string_view text);
+
 struct BenchOptions {
   cli::Target target;
-  std::string model, device = "cpu", kv_dtype = "bf16";
-  std::vector<int64_t> prompts = {128, 512, 2048}, contexts = {32}, batches = {1, 8};
+  std::string model, shape, weights = "bf16", device = "cpu", kv_dtype = "bf16";
+  std::vector<BenchItem> prompts, contexts;
+  std::vector<int64_t> batches = {1, 8};
+  int64_t cache_bytes = 0;
+  int max_context = 0;
   int tokens = 64, repeats = 3, threads = 0, max_batched_tokens = 512;
   int requests = 64, concurrency = 8;
   bool json = false, ops = true;

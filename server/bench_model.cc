@@ -9,6 +9,7 @@
 #include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
 #include "engine/engine.h"
+#include "models/family.h"
 #include "server/bench.h"
 #include "server/config.h"
 #include "server/device.h"
@@ -43,9 +44,9 @@ OpCounts ReadProfile(const Backend& backend) {
   return counts;
 }
 
-// A kind of work. `readers` prompts of `context` tokens are read, one after another, while
-// `decoders` sequences that have read `context` tokens of their own generate; without decoders or
-// without readers it is prefill or decode alone.
+// A kind of work. `readers` prompts of `context` tokens are read together, while `decoders`
+// sequences that have read `context` tokens of their own generate; without decoders or without
+// readers it is prefill or decode alone.
 struct Workload {
   std::string name;
   int readers = 0, decoders = 0, context = 0;
@@ -55,18 +56,25 @@ struct Workload {
 struct Phase {
   Workload work;
   double tokens_per_second = 0;  // of the readers if there are any, else of the decoders
+  std::vector<double> runs;      // the same of each repeat
   double longest_gap = 0;        // seconds between two tokens of a decoder
+  int64_t bytes_per_step = 0;    // that decoding alone must read
   OpCounts ops;
 };
 
 class OfflineBench {
  public:
-  static absl::StatusOr<std::unique_ptr<OfflineBench>> Open(const BenchOptions& options);
+  static absl::StatusOr<std::unique_ptr<OfflineBench>> Open(const BenchOptions& options,
+                                                            const std::vector<Workload>& works);
 
+  // InvalidArgument with both numbers where the context or the cache is too small.
+  absl::Status Check(const Workload& work) const;
   absl::StatusOr<Phase> Measure(const Workload& work);
-  int max_context() const { return engine_->options().max_context; }
   std::string Title() const {
-    return absl::StrCat(loaded_.model->spec().name, " on ", backend_->name());
+    return absl::StrCat(
+        loaded_.model->spec().name,
+        options_.shape.empty() ? "" : absl::StrCat(" (random ", options_.weights, " weights)"),
+        " on ", backend_->name());
   }
   Roofline MeasureRoofline() { return backend_->MeasureRoofline(); }
 
@@ -78,6 +86,9 @@ class OfflineBench {
     double seconds = 0, longest_gap = 0;
     OpCounts ops;
   };
+  absl::StatusOr<LoadedModel> Load() const;
+  int max_context() const { return engine_->options().max_context; }
+  int64_t BytesPerStep(const Workload& work) const;
   absl::StatusOr<Run> Once(const Workload& work);
 
   const BenchOptions options_;
@@ -87,32 +98,77 @@ class OfflineBench {
   int runs_ = 0;
 };
 
-absl::StatusOr<std::unique_ptr<OfflineBench>> OfflineBench::Open(const BenchOptions& options) {
-  std::unique_ptr<OfflineBench> bench(new OfflineBench(options));
-  std::string path = options.model;
-  if (path.empty()) {
-    auto found = DefaultModelPath();
-    if (!found.ok()) return found.status();
-    path = *found;
+absl::StatusOr<LoadedModel> OfflineBench::Load() const {
+  ModelOptions model_options;
+  model_options.max_rows = options_.max_batched_tokens;
+  model_options.cache_dtype = options_.kv_dtype == "f32" ? DType::kF32 : DType::kBF16;
+  if (!options_.shape.empty()) {
+    const auto config = ShapePath(options_.shape);
+    if (!config.ok()) return config.status();
+    const DType weights = options_.weights == "q8_0"   ? DType::kQ8_0
+                          : options_.weights == "q4_k" ? DType::kQ4_K
+                                                       : DType::kBF16;
+    return LoadRandomModel(*config, weights, *backend_, model_options);
   }
+  const auto path =
+      options_.model.empty() ? DefaultModelPath() : absl::StatusOr<std::string>(options_.model);
+  if (!path.ok()) return path.status();
+  return LoadModel(*path, *backend_, model_options);
+}
+
+absl::StatusOr<std::unique_ptr<OfflineBench>> OfflineBench::Open(
+    const BenchOptions& options, const std::vector<Workload>& works) {
+  std::unique_ptr<OfflineBench> bench(new OfflineBench(options));
   auto device = OpenDevice(options.device, options.threads);
   if (!device.ok()) return device.status();
   bench->backend_ = *std::move(device);
-  ModelOptions model_options;
-  model_options.max_rows = options.max_batched_tokens;
-  model_options.cache_dtype = options.kv_dtype == "f32" ? DType::kF32 : DType::kBF16;
-  auto loaded = LoadModel(path, *bench->backend_, model_options);
+  auto loaded = bench->Load();
   if (!loaded.ok()) return loaded.status();
   bench->loaded_ = *std::move(loaded);
   EngineOptions engine_options;
+  engine_options.cache_bytes = options.cache_bytes;
+  engine_options.max_context = options.max_context;
   engine_options.limits.max_batched_tokens = options.max_batched_tokens;
-  engine_options.limits.max_running = std::max<int>(
-      engine_options.limits.max_running,
-      static_cast<int>(*std::max_element(options.batches.begin(), options.batches.end())) + 1);
+  for (const Workload& work : works) {
+    int& most = engine_options.limits.max_running;
+    most = std::max(most, work.readers + work.decoders);
+  }
   auto engine = Engine::Create(&bench->loaded_, *bench->backend_, engine_options);
   if (!engine.ok()) return engine.status();
   bench->engine_ = *std::move(engine);
   return bench;
+}
+
+absl::Status OfflineBench::Check(const Workload& work) const {
+  const int tokens = work.context + (work.decoders > 0 ? options_.tokens : 0) + 1;
+  if (tokens > max_context()) {
+    return absl::InvalidArgumentError(absl::StrCat("'", work.name, "' needs ", tokens,
+                                                   " tokens, the context is ", max_context()));
+  }
+  const int64_t needed =
+      DemandOf(engine_->cache_shape(), tokens).bytes * (work.readers + work.decoders);
+  const int64_t held = engine_->Stats().cache.total_bytes;
+  if (needed <= held) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat(
+      "'", work.name, "' needs ", needed, " bytes of cache, it has ", held, "; see --cache-bytes"));
+}
+
+// Every weight once, but of an embedding table that is not the output's too only a few rows; and of
+// the caches what each layer sees.
+int64_t OfflineBench::BytesPerStep(const Workload& work) const {
+  const Model& model = *loaded_.model;
+  const ModelSpec& spec = model.spec();
+  int64_t bytes = model.weight_bytes();
+  for (const Slot& slot : SlotsOf(spec, loaded_.checkpoint->format())) {
+    if (slot.id != Slot::Id::kEmbedding || spec.tied_embeddings) continue;
+    bytes -= static_cast<int64_t>(loaded_.checkpoint->Find(slot.tensor)->data.size());
+  }
+  for (const LayerSpec& layer : spec.layers) {
+    const CacheNeed need = NeedOf(layer.mixer, model.cache_dtype());
+    const int seen = need.window > 0 ? std::min(need.window, work.context) : work.context;
+    bytes += work.decoders * need.bytes_per_token * seen;
+  }
+  return bytes;
 }
 
 // One request of a bench, watched from any thread.
@@ -200,10 +256,14 @@ absl::StatusOr<OfflineBench::Run> OfflineBench::Once(const Workload& work) {
   Run run;
   run.ops = ReadProfile(*backend_);
   const absl::Time begin = absl::Now();
+  std::vector<std::unique_ptr<Sequence>> readers;
   for (int i = 0; i < work.readers; ++i) {
-    auto reader = Sequence::Start(*this, work.context, 1);
-    if (!reader.ok()) return reader.status();
-    if (absl::Status ended = (*reader)->AwaitEnd(); !ended.ok()) return ended;
+    auto started = Sequence::Start(*this, work.context, 1);
+    if (!started.ok()) return started.status();
+    readers.push_back(*std::move(started));
+  }
+  for (const auto& reader : readers) {
+    if (absl::Status ended = reader->AwaitEnd(); !ended.ok()) return ended;
     run.tokens += work.context;
   }
   if (work.readers == 0) {
@@ -233,17 +293,18 @@ absl::StatusOr<Phase> OfflineBench::Measure(const Workload& work) {
   Phase phase;
   phase.work = work;
   if (auto warm = Once(work); !warm.ok()) return warm.status();
-  std::vector<double> rates, gaps;
+  std::vector<double> gaps;
   phase.ops.resize(kOpCount);
   for (int i = 0; i < options_.repeats; ++i) {
     auto run = Once(work);
     if (!run.ok()) return run.status();
-    rates.push_back(static_cast<double>(run->tokens) / run->seconds);
+    phase.runs.push_back(static_cast<double>(run->tokens) / run->seconds);
     gaps.push_back(run->longest_gap);
     for (int op = 0; op < kOpCount; ++op) phase.ops[op] += run->ops[op];
   }
-  phase.tokens_per_second = Median(rates);
+  phase.tokens_per_second = Median(phase.runs);
   phase.longest_gap = Median(gaps);
+  if (work.readers == 0) phase.bytes_per_step = BytesPerStep(work);
   return phase;
 }
 
@@ -252,6 +313,12 @@ void PrintPhase(const Phase& phase, const Roofline& roofline, bool ops) {
                                   phase.tokens_per_second);
   if (phase.work.decoders > 0) {
     std::cout << absl::StreamFormat("  longest gap %.1f ms", phase.longest_gap * 1e3);
+  }
+  if (phase.bytes_per_step > 0) {
+    const double step = phase.work.decoders / phase.tokens_per_second;
+    const double bytes = static_cast<double>(phase.bytes_per_step);
+    std::cout << absl::StreamFormat("  a step %.2f ms, %.0f%% of reading its %.2f GB", step * 1e3,
+                                    100 * bytes / roofline.bytes_per_second / step, bytes / 1e9);
   }
   std::cout << "\n";
   if (!ops) return;
@@ -286,43 +353,54 @@ ordered_json PhaseJson(const Phase& phase) {
           {"decoders", phase.work.decoders},
           {"context", phase.work.context},
           {"tokens_per_second", phase.tokens_per_second},
+          {"runs", phase.runs},
           {"longest_gap_seconds", phase.longest_gap},
+          {"bytes_per_step", phase.bytes_per_step},
           {"ops", ops}};
+}
+
+Workload Prefill(const BenchItem& prompt) {
+  const int count = std::max(prompt.count, 1);
+  return {absl::StrCat("prefill ", count > 1 ? absl::StrCat(count, " x ") : "", prompt.tokens),
+          count, 0, prompt.tokens};
+}
+
+Workload Decode(int batch, int context) {
+  return {absl::StrCat("decode, ", batch, batch == 1 ? " sequence" : " sequences", " at ", context),
+          0, batch, context};
 }
 
 std::vector<Workload> WorksOf(const BenchOptions& options) {
   std::vector<Workload> works;
-  for (const int64_t prompt : options.prompts) {
-    works.push_back({absl::StrCat("prefill ", prompt), 1, 0, static_cast<int>(prompt)});
-  }
-  for (const int64_t context : options.contexts) {
+  for (const BenchItem& prompt : options.prompts) works.push_back(Prefill(prompt));
+  for (const BenchItem& context : options.contexts) {
+    if (context.count > 0) {
+      works.push_back(Decode(context.count, context.tokens));
+      continue;
+    }
     for (const int64_t batch : options.batches) {
-      works.push_back({absl::StrCat("decode, ", batch, batch == 1 ? " sequence" : " sequences",
-                                    " at ", context),
-                       0, static_cast<int>(batch), static_cast<int>(context)});
+      works.push_back(Decode(static_cast<int>(batch), context.tokens));
     }
   }
-  const int64_t prompt = options.prompts.back();
-  const int64_t batch = options.batches.back();
-  works.push_back({absl::StrCat("prefill ", prompt, " beside ", batch, " decoding"), 1,
-                   static_cast<int>(batch), static_cast<int>(prompt)});
+  const int prompt = options.prompts.back().tokens;
+  const int batch = static_cast<int>(options.batches.back());
+  works.push_back(
+      {absl::StrCat("prefill ", prompt, " beside ", batch, " decoding"), 1, batch, prompt});
   return works;
 }
 
 }  // namespace
 
 int BenchModel(const BenchOptions& options) {
-  auto bench = OfflineBench::Open(options);
+  const std::vector<Workload> works = WorksOf(options);
+  auto bench = OfflineBench::Open(options, works);
   if (!bench.ok()) {
     std::cerr << "longspan bench: " << bench.status().message() << "\n";
     return 1;
   }
-  const std::vector<Workload> works = WorksOf(options);
   for (const Workload& work : works) {
-    const int needs = work.context + (work.decoders > 0 ? options.tokens : 0);
-    if (needs >= (*bench)->max_context()) {
-      std::cerr << "longspan bench: '" << work.name << "' needs " << needs + 1
-                << " tokens, the context is " << (*bench)->max_context() << "\n";
+    if (absl::Status possible = (*bench)->Check(work); !possible.ok()) {
+      std::cerr << "longspan bench: " << possible.message() << "\n";
       return 2;
     }
   }

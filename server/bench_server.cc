@@ -30,7 +30,7 @@ void OneRequest(v1::InferenceService::Stub& stub, const BenchOptions& options, u
                 int number, Load& load) {
   v1::StreamCompleteRequest request;
   auto* ids = request.mutable_request()->mutable_token_ids();
-  for (int64_t i = 0; i < options.prompts[0]; ++i) {
+  for (int64_t i = 0; i < options.prompts[0].tokens; ++i) {
     ids->add_ids(static_cast<uint32_t>((i * 7919 + number * 104729LL) % vocab));
   }
   request.mutable_request()->mutable_sampling()->set_temperature(0);
@@ -104,7 +104,7 @@ int BenchServer(const BenchOptions& options) {
       {"model", model.model().id()},
       {"requests", options.requests},
       {"concurrency", options.concurrency},
-      {"prompt_tokens", options.prompts[0]},
+      {"prompt_tokens", options.prompts[0].tokens},
       {"seconds", seconds},
       {"requests_per_second", options.requests / seconds},
       {"generated_tokens_per_second", static_cast<double>(load.tokens) / seconds}};

@@ -12,24 +12,25 @@ namespace longspan {
 
 int RunDescribe(int argc, char** argv) {
   int64_t context = 0;
-  std::string kv_dtype = "bf16";
+  std::string shape, kv_dtype = "bf16";
   bool json = false;
   Flags flags(
       "describe", "[flags] [MODEL]",
-      "Shows each layer of a checkpoint (a directory or .gguf), its cache and the bytes it takes. "
-      "Without MODEL: the default model.");
+      "Shows each layer of a checkpoint (a directory, a .gguf or a config.json), its cache and the "
+      "bytes it takes. Without MODEL: the default model.");
+  flags.String("shape", &shape, "NAME", "a public model's shape, as in bench, instead of MODEL");
   flags.Int64("context", &context, "count bytes for this many tokens; 0 is the model's context", 0);
   flags.Choice("kv-dtype", &kv_dtype, {"bf16", "f32"}, "type of cached keys and values");
   flags.Bool("json", &json, "as one JSON object");
   flags.Epilogue("Example:\n  longspan describe models/downloads/gemma-3-270m.gguf --context 32k");
   std::vector<std::string> paths;
   if (auto exit = flags.Parse(argc, argv, &paths); exit.has_value()) return *exit;
-  if (paths.size() > 1) {
+  if (paths.size() + (shape.empty() ? 0 : 1) > 1) {
     std::cerr << "longspan describe: one MODEL, please\n";
     return 2;
   }
   if (paths.empty()) {
-    auto path = DefaultModelPath();
+    auto path = shape.empty() ? DefaultModelPath() : ShapePath(shape);
     if (!path.ok()) {
       std::cerr << "longspan describe: " << path.status().message() << "\n";
       return 1;

@@ -1,6 +1,7 @@
 #include "server/config.h"
 
 #include <filesystem>
+#include <set>
 
 #include "absl/status/statusor.h"
 #include "absl/strings/match.h"
@@ -182,6 +183,25 @@ absl::StatusOr<std::string> HaystackPath() {
   if (path.ok()) return *path + "/essay.txt";
   return absl::NotFoundError(absl::StrCat("the essay haystack is not at ", path.status().message(),
                                           "; use noise, or send a text"));
+}
+
+absl::StatusOr<std::string> ShapePath(const std::string& shape) {
+  std::error_code error;
+  if (absl::StrContains(shape, '/') || absl::EndsWith(shape, ".json")) {
+    return std::filesystem::is_directory(shape, error) ? shape + "/config.json" : shape;
+  }
+  const auto folder = FindShipped("shapes", "");
+  if (!folder.ok()) {
+    return absl::NotFoundError(
+        absl::StrCat("the shapes are not at ", folder.status().message(), "; name a config.json"));
+  }
+  std::set<std::string> names;
+  for (const auto& entry : std::filesystem::directory_iterator(*folder, error)) {
+    if (entry.path().extension() == ".json") names.insert(entry.path().stem());
+  }
+  if (names.contains(shape)) return absl::StrCat(*folder, "/", shape, ".json");
+  return absl::NotFoundError(absl::StrCat("no shape is called '", shape, "'; there are ",
+                                          absl::StrJoin(names, ", "), ", and any config.json"));
 }
 
 }  // namespace longspan

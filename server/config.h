@@ -64,5 +64,8 @@ SpanLevel LevelOf(const ServerConfig& config);
 absl::StatusOr<std::string> DefaultModelPath();
 // The shipped haystack text, essay.txt in haystack/ at the same places.
 absl::StatusOr<std::string> HaystackPath();
+// The config.json of a shape: `shape` itself where it is a path, else shapes/NAME.json at the same
+// places. NotFound lists the names that there are.
+absl::StatusOr<std::string> ShapePath(const std::string& shape);
 
 }  // namespace longspan

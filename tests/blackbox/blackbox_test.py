@@ -3,8 +3,10 @@
 import contextlib
 import json
 import os
+import pathlib
 import signal
 import subprocess
+import tempfile
 import time
 import unittest
 
@@ -282,6 +284,52 @@ class Bench(unittest.TestCase):
         # One product of 64 rows with every weight of the ten layers; the vocabulary only for the last row.
         layers = 10 * (384 * (6 + 2 + 2) * 64 + 6 * 64 * 384 + 3 * 384 * 960)
         self.assertEqual(result["phases"][0]["ops"]["MatMul"]["flops"], 2 * (64 * layers + 384 * 8192))
+
+    SHAPE = {"model_type": "swa_hybrid", "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96,
+             "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+             "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"],
+             "tie_word_embeddings": False, "max_position_embeddings": 1024}
+
+    def bench_shape(self, *flags, **changes):
+        folder = self.enterContext(tempfile.TemporaryDirectory())
+        path = pathlib.Path(folder, "config.json")
+        path.write_text(json.dumps(self.SHAPE | changes))
+        return subprocess.run([os.environ["LONGSPAN"], "bench", "--shape", path, "--json", "--tokens", "4", "--batches", "2",
+                               *flags], capture_output=True, text=True, timeout=120)
+
+    def test_a_shape_is_measured_without_its_weights(self):
+        run = self.bench_shape("--prompts", "32,3x32", "--contexts", "40,5x50", "--repeats", "2")
+        self.assertEqual(run.returncode, 0, run.stderr)
+        result = json.loads(run.stdout)
+        self.assertIn("(random bf16 weights) on cpu", result["machine"])
+        prefill, three, two_at_40, five_at_50, beside = result["phases"]
+        self.assertEqual([phase["name"] for phase in result["phases"]],
+                         ["prefill 32", "prefill 3 x 32", "decode, 2 sequences at 40", "decode, 5 sequences at 50",
+                          "prefill 32 beside 2 decoding"])
+        self.assertEqual([len(phase["runs"]) for phase in result["phases"]], [2] * 5)
+        layers = 2 * (2 * 64 * (4 + 2) * 16 + 3 * 64 * 96)
+        self.assertEqual(prefill["ops"]["MatMul"]["flops"], 2 * 2 * (32 * layers + 64 * 300))
+        self.assertEqual(three["ops"]["MatMul"]["flops"], 3 * 2 * 2 * (32 * layers + 64 * 300))
+        # bf16 matrices and F32 norms but not the embedding table; keys and values of 2 heads of 16 in two bytes.
+        weights = 2 * (layers + 64 * 300) + 4 * 64 * (2 * 2 + 1)
+        for phase, batch, context in (two_at_40, 2, 40), (five_at_50, 5, 50):
+            self.assertEqual(phase["bytes_per_step"], weights + batch * 2 * 2 * 16 * 2 * (16 + context))
+
+    def test_a_shape_that_cannot_be_is_refused_with_the_numbers(self):
+        for changes, flags, status, words in (
+                ({"head_dim": -1}, (), 1, ("config.json", "head_dim", "-1")),
+                ({"model_type": "mamba2"}, (), 1, ("recurrent mixer mamba2",)),
+                ({}, ("--weights", "q4_k"), 1, ("64", "Q4_K", "256")),
+                ({}, ("--max-context", "100"), 2, ("'prefill 128'", "129", "100")),
+                ({}, ("--cache-bytes", "64k"), 2, ("bytes of cache", "--cache-bytes")),
+                ({}, ("--prompts", "0x32"), 2, ("--prompts", "0x32"))):
+            run = self.bench_shape(*flags, **changes)
+            self.assertEqual(run.returncode, status, run.stderr)
+            for word in words:
+                self.assertIn(word, run.stderr)
+        run = subprocess.run([os.environ["LONGSPAN"], "bench", "--shape", "gemma9"], capture_output=True, text=True)
+        self.assertEqual(run.returncode, 1)
+        self.assertIn("gemma3-27b, gemma3-4b, gpt-oss-20b-attention", run.stderr)
 
 
 if __name__ == "__main__":
