@@ -259,6 +259,19 @@ class Chatting(unittest.TestCase):
         self.assertEqual({event.role for event in events}, {"assistant"})
         self.assertEqual("".join(event.base.delta.text for event in events), whole.messages[0].content)
 
+    # Where a template is a program, what fills it can be an attack.
+    def test_arguments_of_the_template_are_refused_with_their_count(self):
+        request = self.request(self.chats[0], 1)
+        request.template_kwargs.update({"chat_template": "{{ messages }}", "tokenize": False})
+        tokenize = inference_pb2.TokenizeRequest(chat=request)
+        for call in (lambda: self.server.inference.Chat(request), lambda: self.server.inference.Tokenize(tokenize)):
+            with self.assertRaises(grpc.RpcError) as caught:
+                call()
+            self.assertEqual(caught.exception.code(), grpc.StatusCode.INVALID_ARGUMENT)
+            self.assertRegex(caught.exception.details(), r"^template_kwargs: has 2 entries, but the template '\w+' takes none$")
+            bad, = details(caught.exception, error_details_pb2.BadRequest)
+            self.assertEqual(bad.field_violations[0].field, "template_kwargs")
+
     def test_the_end_of_a_turn_ends_the_answer(self):
         end_of_turn = self.chats[0]["prompt"][-5]
         answer = self.server.inference.Chat(self.request(self.chats[0], 16, logit_bias={end_of_turn: 100}))
