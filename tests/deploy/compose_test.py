@@ -103,7 +103,7 @@ class Compose(unittest.TestCase):
         source = self.provisioned("datasource")
         for name, dashboard in self.dashboards.items():
             (variable,) = [v for v in dashboard["templating"]["list"] if v["type"] == "datasource"]
-            chosen = {"type": variable["query"], "uid": "${%s}" % variable["name"]}
+            chosen = {"type": variable["query"], "uid": f"${{{variable['name']}}}"}
             self.assertEqual([reference for reference in references(dashboard) if reference != chosen], [], name)
             self.assertEqual([panel["title"] for panel in dashboard["panels"] if "datasource" not in panel], [], name)
             self.assertEqual(variable["current"], {"text": "default", "value": "default"})
