@@ -184,6 +184,20 @@ class Rendered(unittest.TestCase):
         zero_is_plain = lambda text: 0 if text == "0" else seconds(text)
         self.assertGreaterEqual(waits, sum(map(zero_is_plain, default.values())) + 5 + 2)
 
+    # The picker starts with nothing less, and refuses every gRPC call with the parser that it takes by default.
+    def test_the_picker_has_what_it_names_and_reads_no_body(self):
+        resources = self.rendered["inferencepool"]
+        container, = self.find("inferencepool", "Deployment", "longspan-picker")["spec"]["template"]["spec"]["containers"]
+        told = dict(argument.removeprefix("--").split("=") for argument in container["args"])
+        self.assertIn(("InferencePool", told["pool-name"]), {(r["kind"], r["metadata"]["name"]) for r in resources})
+        port, = [port["containerPort"] for port in self.container("inferencepool")["ports"] if port["name"] == "http"]
+        self.assertEqual(int(told["model-server-metrics-port"]), port)
+        config = yaml.safe_load(self.find("inferencepool", "ConfigMap", "longspan-picker")["data"]["config.yaml"])
+        plugins = {plugin["type"] for plugin in config["plugins"]}
+        used = {plugin["pluginRef"] for profile in config["schedulingProfiles"] for plugin in profile["plugins"]}
+        self.assertEqual(used | {config["parser"]["pluginRef"]}, plugins)
+        self.assertEqual(config["parser"]["pluginRef"], "passthrough-parser")
+
     def test_the_operator_names_the_jobs_as_prometheus_own_configuration_does(self):
         own = yaml.safe_load((stack.ROOT / "deploy/prometheus/prometheus.yml").read_text())
         jobs = {job["job_name"]: job.get("metrics_path", "/metrics") for job in own["scrape_configs"]}
