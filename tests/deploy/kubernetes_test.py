@@ -1,6 +1,9 @@
 """deploy/kubernetes rendered by kubectl and held to the schemas of Kubernetes and of the custom resources used."""
 
 import copy
+import json
+import os
+import pathlib
 import re
 import subprocess
 import unittest
@@ -16,12 +19,13 @@ import stack
 
 KUBERNETES = stack.ROOT / "deploy/kubernetes"
 PLACES = [KUBERNETES / "base", *sorted(path.parent for path in KUBERNETES.glob("overlays/*/kustomization.yaml"))]
+# Overlays of one's own: on cuda, with these components.
+COMBINED = {"pool": ["monitoring", "keda", "inferencepool"]}
 VERSION = "1.32"
 
 # Made from the CRDs of KEDA 2.16 and of the Prometheus operator 0.80.
 MODELS = {
     "keda.sh/v1alpha1 ScaledObject": keda.ScaledObject,
-    "monitoring.coreos.com/v1 PodMonitor": operator.PodMonitor,
     "monitoring.coreos.com/v1 PrometheusRule": operator.PrometheusRule,
     "monitoring.coreos.com/v1 ServiceMonitor": operator.ServiceMonitor,
 }
@@ -60,6 +64,14 @@ def render(place):
     return list(yaml.safe_load_all(done.stdout))
 
 
+def combine(components):
+    with stack.scratch() as folder:
+        here = os.path.relpath(KUBERNETES, os.path.realpath(folder))
+        own = {"resources": [f"{here}/overlays/cuda"], "components": [f"{here}/components/{name}" for name in components]}
+        pathlib.Path(folder, "kustomization.yaml").write_text(json.dumps(own))
+        return render(folder)
+
+
 def seconds(text):
     number, unit = re.fullmatch(r"(\d+)(s|m)", text).groups()
     return int(number) * {"s": 1, "m": 60}[unit]
@@ -69,6 +81,7 @@ class Rendered(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
         cls.rendered = {place.name: render(place) for place in PLACES}
+        cls.rendered |= {name: combine(components) for name, components in COMBINED.items()}
 
     def find(self, place, kind, name="longspan"):
         (found,) = [r for r in self.rendered[place] if r["kind"] == kind and r["metadata"]["name"] == name]
@@ -79,7 +92,10 @@ class Rendered(unittest.TestCase):
         return container
 
     def test_there_is_every_overlay(self):
-        self.assertEqual(set(self.rendered), {"base", "cpu", "cuda", "keda", "inferencepool", "monitoring"})
+        components = {path.parent.name for path in KUBERNETES.glob("components/*/kustomization.yaml")}
+        self.assertEqual(components, {"keda", "inferencepool", "monitoring"})
+        self.assertEqual({place.name for place in PLACES}, {"base", "cpu", "cuda"} | components)
+        self.assertEqual(set().union(*COMBINED.values()), components)
 
     def test_every_resource_is_as_its_schema_says(self):
         for place, resources in self.rendered.items():
@@ -96,7 +112,7 @@ class Rendered(unittest.TestCase):
                 ("keda", "ScaledObject", "", {"maxReplicaCount": "8"}),
                 ("inferencepool", "InferencePool", "", {"targetPort": 1}),
                 ("inferencepool", "InferencePool", "targetPorts.0", {"number": "50051"}),
-                ("inferencepool", "PodMonitor", "podMetricsEndpoints.0.relabelings.0", {"action": "rename"}),
+                ("monitoring", "ServiceMonitor", "endpoints.0.relabelings.0", {"action": "rename"}),
                 ("monitoring", "ServiceMonitor", "endpoints.0", {"every": "5s"}),
                 ("monitoring", "ServiceMonitor", "endpoints.0", {"interval": "5 seconds"}),
                 ("monitoring", "PrometheusRule", "groups.1.rules.0", {"four": "1m"})):
@@ -121,13 +137,13 @@ class Rendered(unittest.TestCase):
                         (pod,) = selects(spec["selector"])
                         ports = {p["name"] for c in pod["spec"]["containers"] for p in c["ports"]}
                         self.assertLessEqual({p["targetPort"] for p in spec["ports"]}, ports)
-                    elif r["kind"] in ("PodDisruptionBudget", "InferencePool", "PodMonitor"):
+                    elif r["kind"] in ("PodDisruptionBudget", "InferencePool"):
                         self.assertEqual(len(selects(spec["selector"]["matchLabels"])), 1)
                     elif r["kind"] == "NetworkPolicy":
                         self.assertEqual(len(selects(spec["podSelector"]["matchLabels"])), 1)
                     elif r["kind"] == "ServiceMonitor":
                         services = [s for s in resources if s["kind"] == "Service" and
-                                    spec["selector"]["matchLabels"].items() <= s["metadata"]["labels"].items()]
+                                    spec["selector"]["matchLabels"].items() <= s["metadata"].get("labels", {}).items()]
                         self.assertEqual(len(services), 1)
                     elif r["kind"] == "ScaledObject":
                         self.assertIn(("Deployment", spec["scaleTargetRef"]["name"]), names)
@@ -167,7 +183,7 @@ class Rendered(unittest.TestCase):
             with self.subTest(place=place):
                 pod = self.find(place, "Deployment")["spec"]["template"]["spec"]
                 container = self.container(place)
-                value = {entry["name"]: entry["value"] for entry in container["env"]}
+                value = {entry["name"]: entry.get("value") for entry in container["env"]}
                 withdrawal = seconds(value["LONGSPAN_WITHDRAWAL_GRACE"])
                 stop = container.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
                 needs = stop + withdrawal + seconds(value["LONGSPAN_SHUTDOWN_TIMEOUT"]) + 5 + 2
@@ -201,12 +217,9 @@ class Rendered(unittest.TestCase):
     def test_the_operator_names_the_jobs_as_prometheus_own_configuration_does(self):
         own = yaml.safe_load((stack.ROOT / "deploy/prometheus/prometheus.yml").read_text())
         jobs = {job["job_name"]: job.get("metrics_path", "/metrics") for job in own["scrape_configs"]}
-        for overlay, kind, field in (("monitoring", "ServiceMonitor", "endpoints"), ("inferencepool", "PodMonitor", "podMetricsEndpoints")):
-            endpoints = self.find(overlay, kind)["spec"][field]
-            named = {rule["replacement"]: e["path"] for e in endpoints for rule in e["relabelings"] if rule["targetLabel"] == "job"}
-            self.assertEqual(named, {name: jobs[name] for name in named}, overlay)
-            self.assertIn("longspan", named)
-            self.assertEqual(len(named), len(endpoints))
+        endpoints = self.find("monitoring", "ServiceMonitor")["spec"]["endpoints"]
+        named = {rule["replacement"]: e["path"] for e in endpoints for rule in e["relabelings"] if rule["targetLabel"] == "job"}
+        self.assertEqual(named, jobs)
 
     def test_the_operators_rules_are_prometheus_own(self):
         own = yaml.safe_load((stack.ROOT / "deploy/prometheus/rules/longspan.yml").read_text())
