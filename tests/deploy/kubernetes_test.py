@@ -20,7 +20,7 @@ import stack
 KUBERNETES = stack.ROOT / "deploy/kubernetes"
 PLACES = [KUBERNETES / "base", *sorted(path.parent for path in KUBERNETES.glob("overlays/*/kustomization.yaml"))]
 # Overlays of one's own: on cuda, with these components.
-COMBINED = {"pool": ["monitoring", "keda", "inferencepool"]}
+COMBINED = {"pool": ["monitoring", "keda", "inferencepool"], "closed": ["monitoring", "keda", "secured"]}
 VERSION = "1.32"
 
 # Made from the CRDs of KEDA 2.16 and of the Prometheus operator 0.80.
@@ -93,7 +93,7 @@ class Rendered(unittest.TestCase):
 
     def test_there_is_every_overlay(self):
         components = {path.parent.name for path in KUBERNETES.glob("components/*/kustomization.yaml")}
-        self.assertEqual(components, {"keda", "inferencepool", "monitoring"})
+        self.assertEqual(components, {"keda", "inferencepool", "monitoring", "secured"})
         self.assertEqual({place.name for place in PLACES}, {"base", "cpu", "cuda"} | components)
         self.assertEqual(set().union(*COMBINED.values()), components)
 
@@ -176,6 +176,30 @@ class Rendered(unittest.TestCase):
         for place in self.rendered:
             used = {entry["name"] for entry in self.container(place)["env"]}
             self.assertLessEqual(used, flags, place)
+
+    def test_a_secured_server_starts_from_its_secrets_and_asks_for_a_key_over_tls(self):
+        container = self.container("secured")
+        folder = pathlib.Path(self.enterContext(stack.scratch()))
+        secrets = {mount["mountPath"]: folder / mount["name"] for mount in container["volumeMounts"]}
+        for secret in secrets.values():
+            secret.mkdir()
+        (folder / "keys/keys").write_text("lsk-0123456789abcdef name=scraper\n")
+        subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=longspan", "-addext",
+                        "subjectAltName=IP:127.0.0.1", "-keyout", "tls.key", "-out", "tls.crt"], cwd=folder / "tls", check=True, capture_output=True)
+        environment = {entry["name"]: entry["value"] for entry in container["env"] if "value" in entry}
+        for mounted, here in secrets.items():
+            environment = {name: value.replace(mounted, str(here)) for name, value in environment.items()}
+        command = [stack.LONGSPAN, "serve", "--grpc", "0.0.0.0:0", "--http", "0.0.0.0:0", "--withdrawal-grace", "0s"]
+        server = stack.Server(self.enterContext(stack.process(command, folder / "log", env=environment)), folder / "log")
+        grpc, http = (address.replace("0.0.0.0", "127.0.0.1") for address in (server.grpc, server.http))
+
+        key, authority = ["--api-key", "lsk-0123456789abcdef"], ["--ssl-ca-certs", str(folder / "tls/tls.crt")]
+        for flags, served in ((key + authority, True), (authority, False), (key, False)):
+            asked = subprocess.run([stack.LONGSPAN, "models", "--server", grpc, *flags], capture_output=True, check=False)
+            self.assertEqual(asked.returncode == 0, served, flags)
+        self.assertEqual(stack.get(f"http://{http}{container['readinessProbe']['httpGet']['path']}"), "ready\n")
+        with self.assertRaisesRegex(OSError, "401"):
+            stack.get(f"http://{http}/metrics")
 
     # Server::DrainAndStop gives cancelled requests 5 s and ~Server open connections 2 s.
     def test_a_pod_is_killed_only_after_the_server_has_had_its_time(self):
