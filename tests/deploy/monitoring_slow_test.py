@@ -50,7 +50,7 @@ class Monitoring(unittest.TestCase):
     def test_no_alert_is_up_while_all_is_well(self):
         states = self.prometheus.alert_states()
         self.assertEqual(set(states.values()), {"inactive"}, states)
-        self.assertEqual(len(states), 7)
+        self.assertEqual(len(states), 8)
 
     def test_one_log_line_says_how_a_request_ended(self):
         lines = [line for line in self.server.lines() if line["event"] == "request ended"]
@@ -74,7 +74,7 @@ class Configuration(unittest.TestCase):
         return done.stdout
 
     def test_promtool_accepts_configuration_and_rules(self):
-        self.assertIn("12 rules found", self.check("promtool", "check", "config", "deploy/prometheus/prometheus.yml"))
+        self.assertIn("13 rules found", self.check("promtool", "check", "config", "deploy/prometheus/prometheus.yml"))
 
     def test_every_alert_fires_on_its_trouble_and_is_silent_beside_it(self):
         self.check("promtool", "test", "rules", "tests/deploy/rules_test.yml")
