@@ -20,6 +20,12 @@ absl::Status InRange(absl::string_view field, T value, T lowest, T highest) {
   return Bad(field, "is ", value, ", must be from ", lowest, " to ", highest);
 }
 
+// 0 < value <= highest; NaN fails.
+absl::Status AboveZero(absl::string_view field, float value, float highest) {
+  if (value > 0 && value <= highest) return absl::OkStatus();
+  return Bad(field, "is ", value, ", must be above 0 and at most ", highest);
+}
+
 absl::Status AtMost(absl::string_view field, size_t count, size_t limit, absl::string_view what) {
   if (count <= limit) return absl::OkStatus();
   return Bad(field, "has ", count, " ", what, ", the limit is ", limit);
@@ -56,20 +62,13 @@ bool IsUtf8(absl::string_view text) {
 absl::Status ValidateSampling(const SamplingParams& p, int vocab) {
   if (auto s = InRange<float>("sampling.temperature", p.temperature, 0, 100); !s.ok()) return s;
   if (auto s = InRange<int64_t>("sampling.top_k", p.top_k, 0, 1 << 30); !s.ok()) return s;
-  if (!(p.top_p > 0))
-    return Bad("sampling.top_p", "is ", p.top_p, ", must be above 0 and at most 1");
-  if (auto s = InRange<float>("sampling.top_p", p.top_p, 0, 1); !s.ok()) return s;
+  if (auto s = AboveZero("sampling.top_p", p.top_p, 1); !s.ok()) return s;
   if (auto s = InRange<float>("sampling.min_p", p.min_p, 0, 1); !s.ok()) return s;
   if (auto s = InRange<float>("sampling.presence_penalty", p.presence_penalty, -2, 2); !s.ok())
     return s;
   if (auto s = InRange<float>("sampling.frequency_penalty", p.frequency_penalty, -2, 2); !s.ok())
     return s;
-  if (!(p.repetition_penalty > 0)) {
-    return Bad("sampling.repetition_penalty", "is ", p.repetition_penalty,
-               ", must be above 0 and at most 2");
-  }
-  if (auto s = InRange<float>("sampling.repetition_penalty", p.repetition_penalty, 0, 2); !s.ok())
-    return s;
+  if (auto s = AboveZero("sampling.repetition_penalty", p.repetition_penalty, 2); !s.ok()) return s;
   if (auto s =
           AtMost("sampling.logit_bias", p.logit_bias.size(), RequestLimits::kMaxBiases, "entries");
       !s.ok()) {

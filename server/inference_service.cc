@@ -458,6 +458,12 @@ class InferenceServiceImpl final : public v1::InferenceService::CallbackService 
                                        v1::DetokenizeResponse* response) override {
     return Logged(context, "Detokenize", [&](const Caller&) -> absl::Status {
       if (absl::Status s = CheckModel(request->model(), f_.conversion); !s.ok()) return s;
+      // An id is a few bytes and its text may be many.
+      if (request->token_ids_size() > f_.conversion.max_context) {
+        return absl::InvalidArgumentError(absl::StrCat("token_ids: has ", request->token_ids_size(),
+                                                       " ids, the limit is ",
+                                                       f_.conversion.max_context));
+      }
       const Tokenizer& tokenizer = *f_.conversion.tokenizer;
       std::vector<int32_t> ids;
       for (uint32_t id : request->token_ids()) {

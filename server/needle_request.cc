@@ -91,9 +91,13 @@ absl::Status ReadCounts(v1::RunNeedleRequest& r) {
 }
 
 absl::Status ReadHaystack(v1::RunNeedleRequest& r) {
-  if (!v1::NeedleTask_IsValid(r.task())) return Bad("task", "is ", static_cast<int>(r.task()));
+  if (!v1::NeedleTask_IsValid(r.task())) {
+    return Bad("task", "is ", static_cast<int>(r.task()), ", must be from 0 to ",
+               static_cast<int>(v1::NeedleTask_MAX));
+  }
   if (!v1::HaystackKind_IsValid(r.haystack())) {
-    return Bad("haystack", "is ", static_cast<int>(r.haystack()));
+    return Bad("haystack", "is ", static_cast<int>(r.haystack()), ", must be from 0 to ",
+               static_cast<int>(v1::HaystackKind_MAX));
   }
   if (r.task() == v1::NEEDLE_TASK_UNSPECIFIED) r.set_task(v1::NEEDLE_TASK_SINGLE);
   if (r.haystack() == v1::HAYSTACK_KIND_UNSPECIFIED) r.set_haystack(v1::HAYSTACK_KIND_ESSAY);

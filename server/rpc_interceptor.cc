@@ -61,8 +61,10 @@ const google::protobuf::MethodDescriptor* FindMethod(absl::string_view method) {
 }
 
 grpc::Status Unparsable(const google::protobuf::MethodDescriptor& method) {
-  const std::string field =
+  const std::string path =
       PathTo(QuotedIn(std::exchange(last_complaint, "")), *method.input_type());
+  // A stream's message holds the unary call's; every refusal names that one's fields.
+  const absl::string_view field = absl::StripPrefix(path, "request.");
   return ToGrpc(absl::InvalidArgumentError(
       field.empty() ? "request: is not a message of this method"
                     : absl::StrCat(field, ": has a string that is not valid UTF-8")));

@@ -171,6 +171,12 @@ class Refusals(unittest.TestCase):
         long = self.server.inference.Complete(of_tokens([5] * 20000, truncate_prompt_tokens=10))
         self.assertEqual(long.usage.prompt_tokens, 10)
 
+    # Each id can become the text of the longest token: the answer to a message of 57 MiB has 429 MiB.
+    def test_more_tokens_than_a_text_may_have(self):
+        request = inference_pb2.DetokenizeRequest(token_ids=[6029] * 30000000)
+        self.refuses(lambda: self.server.inference.Detokenize(request, timeout=60), "token_ids",
+                     r"^token_ids: has 30000000 (ids|tokens), the limit is \d+$")
+
     def test_text_that_is_not_utf8(self):
         text, message = field(3, b"x"), "not valid UTF-8"
         for text_of in NOT_UTF8.values():
