@@ -17,6 +17,7 @@
 #include "engine/sampler.h"
 #include "engine/sequence.h"
 #include "engine/stager.h"
+#include "engine/token_drawer.h"
 #include "engine/validate.h"
 
 namespace longspan {
@@ -67,12 +68,14 @@ struct Engine::Impl {
   bool Failed();
   bool DueForSpans(const Batch& batch);
   std::vector<StageItem> Plan(const Batch& batch, bool sample_spans);
-  absl::Span<const float> HostLogits(const View& logits, bool copy);
+  std::vector<Drawn> DrawTokens(const Batch& batch, const StagedStep& staged, const View& logits,
+                                std::vector<size_t>* first_draw);
+  TokenLogprob LogprobAt(const View& logits, int row, int32_t token, int top);
   void ReadPromptLogprobs(const BatchItem& item, Active& active, int first_row);
-  void Advance(Active& active, Sequence& sequence, absl::Span<const float> logits,
+  void Advance(Active& active, Sequence& sequence, absl::Span<Drawn> drawn,
                const SpanRecord* records, bool sampled);
-  void Draw(Active& active, Sequence& sequence, absl::Span<const float> logits,
-            const SpanRecord* records, bool sampled);
+  void Take(Active& active, Sequence& sequence, Drawn drawn, const SpanRecord* records,
+            bool sampled);
   void Observe(Active& active, const Sequence& sequence, const SpanRecord* records, bool sampled);
   void TellPrompt(Active& active);
   void Finish(Active& active, Sequence& sequence);
@@ -99,7 +102,7 @@ struct Engine::Impl {
   absl::AnyInvocable<void(const StepReport&)> on_step;
   std::unique_ptr<KvCache> cache;
   Scheduler scheduler;
-  Sampler sampler;
+  TokenDrawer drawer;
   AttentionSpans spans;
   Stager stager;
   absl::flat_hash_map<std::string, std::unique_ptr<Active>> requests;
@@ -110,7 +113,8 @@ struct Engine::Impl {
   EngineStats local;            // published under mu after each step
   int left_queue_requests = 0;  // since the last Publish()
   int64_t left_queue_tokens = 0;
-  std::vector<float> logits_copy;
+  DrawList draws;  // of the step
+  std::vector<float> logit_row;
 
   // --- Any thread ---
   mutable absl::Mutex mu;

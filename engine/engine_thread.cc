@@ -32,6 +32,12 @@ bool DrawsToken(const BatchItem& item, const Sequence& sequence) {
   return item.begin + item.count == static_cast<int64_t>(sequence.tokens().size());
 }
 
+// Of one draw: every token seen, every bias and every ban.
+size_t MostEdits(const ModelSpec& spec) {
+  return spec.vocab + RequestLimits::kMaxBiases + RequestLimits::kMaxStopIds +
+         spec.eos_tokens.size();
+}
+
 }  // namespace
 
 Engine::Impl::Impl(LoadedModel* loaded_model, Backend& device, const EngineOptions& opts,
@@ -43,6 +49,7 @@ Engine::Impl::Impl(LoadedModel* loaded_model, Backend& device, const EngineOptio
       on_step(std::move(report)),
       cache(std::move(kv)),
       scheduler(WithoutQueueLimits(opts.limits), cache->numbers()),
+      drawer(device, MostEdits(model.spec())),
       spans(model.spec()),
       stager(device, model, opts.limits.max_running) {
   limits.vocab = model.spec().vocab;
@@ -195,7 +202,7 @@ void Engine::Impl::Execute(const Batch& batch) {
   const bool sample_spans = DueForSpans(batch);
   const std::vector<StageItem> plan = Plan(batch, sample_spans);
   const StagedStep staged = stager.Stage(plan, *cache);
-  const View device_logits = model.Forward(staged.step);
+  const View logits = model.Forward(staged.step);
   ++local.steps;
   local.step_rows += staged.step.batch.rows;
 
@@ -208,7 +215,8 @@ void Engine::Impl::Execute(const Batch& batch) {
     (ReadsPrompt(item, *sequence) ? report.prefill_tokens : report.decode_tokens) += item.count;
     reads_prompt_rows |= active->request.output.prompt_logprobs.has_value() && !active->prompt_done;
   }
-  const absl::Span<const float> logits = HostLogits(device_logits, reads_prompt_rows);
+  std::vector<size_t> first_draw;
+  std::vector<Drawn> drawn = DrawTokens(batch, staged, logits, &first_draw);
   if (Failed()) return;
   for (size_t i = 0; reads_prompt_rows && i < batch.items.size(); ++i) {
     Active& active = *OwnerOf(batch.items[i].ticket).active;
@@ -218,14 +226,13 @@ void Engine::Impl::Execute(const Batch& batch) {
   if (Failed()) return;
   if (sample_spans) spans.CountStep(/*observed=*/true);
 
-  const int64_t vocab = model.spec().vocab;
   for (size_t i = 0; i < batch.items.size(); ++i) {
     const auto [active, sequence] = OwnerOf(batch.items[i].ticket);
     scheduler.Commit(batch.items[i], plan[i].wants_logits ? 1 : 0);
     if (!plan[i].wants_logits) continue;
     const SpanRecord* records =
         staged.observed[i] >= 0 ? stager.Records(staged, staged.observed[i]).data() : nullptr;
-    Advance(*active, *sequence, logits.subspan(staged.logit_row[i] * vocab, vocab), records,
+    Advance(*active, *sequence, absl::MakeSpan(drawn).subspan(first_draw[i]), records,
             sample_spans);
   }
   report.duration = absl::Now() - begin;
@@ -278,14 +285,45 @@ std::vector<StageItem> Engine::Impl::Plan(const Batch& batch, bool sample_spans)
   return plan;
 }
 
-// The step's logits in host memory. Model::Logits overwrites the model's own, so that they are
-// copied if prompt rows are to be read too.
-absl::Span<const float> Engine::Impl::HostLogits(const View& logits, bool copy) {
-  const size_t count = logits.elements();
-  if (backend.host_memory() && !copy) return absl::MakeConstSpan(logits.as<float>(), count);
-  logits_copy.resize(count);
-  if (count > 0) backend.CopyOut(logits_copy.data(), logits.data, logits.bytes());
-  return logits_copy;
+// The tokens of the step, before Model::Logits overwrites its logits. Item i's begin at
+// (*first_draw)[i]: one for each choice that a prompt's end begins, else one.
+std::vector<Drawn> Engine::Impl::DrawTokens(const Batch& batch, const StagedStep& staged,
+                                            const View& logits, std::vector<size_t>* first_draw) {
+  draws.Clear();
+  for (size_t i = 0; i < batch.items.size(); ++i) {
+    first_draw->push_back(draws.draws.size());
+    if (staged.logit_row[i] < 0) continue;
+    const auto [active, sequence] = OwnerOf(batch.items[i].ticket);
+    sequence->AddDraw(staged.logit_row[i], sequence->index(), &draws);
+    for (int choice = 1; !active->prompt_done && choice < active->request.n; ++choice) {
+      sequence->AddDraw(staged.logit_row[i], choice, &draws);
+    }
+  }
+  const std::vector<int32_t> tokens = drawer.Tokens(logits, draws);
+  std::vector<Drawn> drawn(tokens.size());
+  for (size_t d = 0; d < tokens.size(); ++d) drawn[d].token = tokens[d];
+  for (size_t i = 0; i < batch.items.size() && backend.Fault().empty(); ++i) {
+    const std::optional<int64_t> top =
+        OwnerOf(batch.items[i].ticket).active->request.output.logprobs;
+    if (!top.has_value()) continue;
+    const size_t end = i + 1 < batch.items.size() ? (*first_draw)[i + 1] : drawn.size();
+    for (size_t d = (*first_draw)[i]; d < end; ++d) {
+      drawn[d].logprob =
+          LogprobAt(logits, draws.draws[d].row, drawn[d].token, static_cast<int>(*top));
+    }
+  }
+  return drawn;
+}
+
+TokenLogprob Engine::Impl::LogprobAt(const View& logits, int row, int32_t token, int top) {
+  const View own = View::Vector(logits.row(row), logits.dtype, logits.shape[1]);
+  const float* values = own.as<float>();
+  if (!backend.host_memory()) {
+    logit_row.resize(own.elements());
+    backend.CopyOut(logit_row.data(), own.data, own.bytes());
+    values = logit_row.data();
+  }
+  return LogprobOf(absl::MakeConstSpan(values, own.elements()), token, top);
 }
 
 void Engine::Impl::ReadPromptLogprobs(const BatchItem& item, Active& active, int first_row) {
@@ -317,16 +355,16 @@ void Engine::Impl::ReadPromptLogprobs(const BatchItem& item, Active& active, int
   }
 }
 
-// Draws a sequence's next token and ends what is at its end. records: of the row that `logits`
-// belong to, or nullptr.
-void Engine::Impl::Advance(Active& active, Sequence& sequence, absl::Span<const float> logits,
+// Takes a sequence's next token, at its prompt's end that of each choice, and ends what is at its
+// end. records: of the row that they were drawn from, or nullptr.
+void Engine::Impl::Advance(Active& active, Sequence& sequence, absl::Span<Drawn> drawn,
                            const SpanRecord* records, bool sampled) {
   const bool ends_prompt = !active.prompt_done;
-  Draw(active, sequence, logits, records, sampled);
+  Take(active, sequence, std::move(drawn[0]), records, sampled);
   for (int i = 1; ends_prompt && i < active.request.n; ++i) {
     if (ForkChoice(active, i, sequence)) {
       Sequence& sibling = *active.choices[i];
-      Draw(active, sibling, logits, records, sampled);
+      Take(active, sibling, std::move(drawn[i]), records, sampled);
       if (sibling.finished()) Finish(active, sibling);
     } else {  // it reads the prompt itself when its turn comes
       const absl::Status added = AddChoice(active, i);
@@ -336,10 +374,10 @@ void Engine::Impl::Advance(Active& active, Sequence& sequence, absl::Span<const 
   if (sequence.finished()) Finish(active, sequence);
 }
 
-// Draws a token and tells the client.
-void Engine::Impl::Draw(Active& active, Sequence& sequence, absl::Span<const float> logits,
-                        const SpanRecord* records, bool sampled) {
-  Event event = sequence.Next(sampler, logits);
+// Tells the client of its next token.
+void Engine::Impl::Take(Active& active, Sequence& sequence, Drawn drawn, const SpanRecord* records,
+                        bool sampled) {
+  Event event = sequence.Next(std::move(drawn));
   const absl::Time now = absl::Now();
   active.first_token = std::min(active.first_token, now);
   active.last_token = now;

@@ -3,8 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "engine/row_math.h"
-#include "kernels/check.h"
+#include "kernels/row_math.h"
 
 namespace longspan {
 namespace {
@@ -17,37 +16,12 @@ uint64_t Mix(uint64_t x) {
   return x ^ (x >> 31);
 }
 
+}  // namespace
+
 bool HasPenalties(const SamplingParams& params) {
   return params.presence_penalty != 0 || params.frequency_penalty != 0 ||
          params.repetition_penalty != 1;
 }
-
-// Repetition (Keskar et al., arXiv 1909.05858) over prompt and output; frequency and presence over
-// the output alone.
-float Penalise(float logit, bool in_prompt, int32_t count, const SamplingParams& params) {
-  if (in_prompt || count > 0) {
-    logit = logit > 0 ? logit / params.repetition_penalty : logit * params.repetition_penalty;
-  }
-  logit -= params.frequency_penalty * static_cast<float>(count);
-  if (count > 0) logit -= params.presence_penalty;
-  return std::min(logit, std::numeric_limits<float>::max());
-}
-
-float InverseOf(float temperature) {
-  return std::min(1.0f / temperature, std::numeric_limits<float>::max());
-}
-
-bool Keeps(SampleCut cut, float value, int32_t id) {
-  return value > cut.value || (value == cut.value && id <= cut.last_tie);
-}
-
-int32_t SmallestAllowed(absl::Span<const int32_t> banned) {
-  int32_t id = 0;
-  while (std::find(banned.begin(), banned.end(), id) != banned.end()) ++id;
-  return id;
-}
-
-}  // namespace
 
 void TokenHistory::AddPrompt(int32_t token) {
   if (!in_prompt[token] && output_count[token] == 0) seen.push_back(token);
@@ -66,155 +40,41 @@ double UniformAt(uint64_t seed, int choice, int64_t position) {
   return static_cast<double>(h >> 11) * 0x1p-53;
 }
 
-absl::Span<const float> Sampler::Adjust(const SampleInput& input) {
+void DrawList::Add(const DrawInput& input) {
   const SamplingParams& params = *input.params;
-  const bool penalties = input.history != nullptr && HasPenalties(params);
-  if (params.logit_bias.empty() && !penalties && input.banned.empty()) return input.logits;
-  work_.assign(input.logits.begin(), input.logits.end());
-  for (const auto& [id, bias] : params.logit_bias) work_[id] += bias;
-  if (penalties) {
+  Draw draw;
+  draw.row = input.row;
+  draw.edit_begin = static_cast<int32_t>(edits.size());
+  for (const auto& [token, bias] : params.logit_bias) {
+    edits.push_back(
+        {.kind = LogitEdit::Kind::kBias, .token = static_cast<int32_t>(token), .bias = bias});
+  }
+  if (input.history != nullptr && HasPenalties(params)) {
     const TokenHistory& history = *input.history;
-    for (const int32_t id : history.seen) {
-      // The clamp in Penalise must not make a number of what is none.
-      if (!std::isfinite(work_[id])) continue;
-      work_[id] = Penalise(work_[id], history.in_prompt[id], history.output_count[id], params);
+    for (const int32_t token : history.seen) {
+      edits.push_back({.kind = LogitEdit::Kind::kPenalty,
+                       .token = token,
+                       .count = history.output_count[token]});
     }
+    draw.presence_penalty = params.presence_penalty;
+    draw.frequency_penalty = params.frequency_penalty;
+    draw.repetition_penalty = params.repetition_penalty;
   }
-  for (const int32_t id : input.banned) work_[id] = kNoLogit;
-  return work_;
-}
-
-SampleCut Sampler::Cut(absl::Span<const float> row, float highest, const SamplingParams& params) {
-  SampleCut cut{kNoLogit, std::numeric_limits<int32_t>::max()};
-  if (params.min_p > 0) {
+  for (const int32_t token : input.banned) {
+    edits.push_back({.kind = LogitEdit::Kind::kBan, .token = token});
+  }
+  draw.edit_end = static_cast<int32_t>(edits.size());
+  if (params.temperature > 0) {
+    draw.inverse_temperature =
+        std::min(1.0f / params.temperature, std::numeric_limits<float>::max());
+    draw.uniform = UniformAt(input.seed, input.choice, input.position);
+    draw.top_k = static_cast<int32_t>(params.top_k);
+    draw.top_p = params.top_p;
     // p >= min_p * p_max, taken to logits.
-    cut.value = static_cast<float>(highest + static_cast<double>(params.temperature) *
-                                                 std::log(static_cast<double>(params.min_p)));
+    draw.min_p_margin =
+        static_cast<double>(params.temperature) * std::log(static_cast<double>(params.min_p));
   }
-  if (params.top_k > 0 && params.top_k < static_cast<int64_t>(row.size())) {
-    RowTop(row, params.top_k, &sorted_);
-    if (static_cast<int64_t>(sorted_.size()) >= params.top_k) {
-      const auto last = std::min_element(sorted_.begin(), sorted_.end());
-      cut.value = std::max(cut.value, last->first);
-    }
-  }
-  if (params.top_p < 1) {
-    cut = CutTopP(row, highest, InverseOf(params.temperature), cut, params.top_p);
-  }
-  return cut;
-}
-
-// Masses are gathered in bins of equal logit width, most likely first; only the bin in which the
-// sum reaches top_p is sorted.
-SampleCut Sampler::CutTopP(absl::Span<const float> row, float highest, float inverse_temperature,
-                           SampleCut cut, double top_p) {
-  constexpr int kBins = 2048;
-  constexpr float kRange = 32;  // what is e^-32 times less likely than the best shares the last bin
-  const int64_t blocks = RowBlocks(row);
-  float x[kRowBlock], w[kRowBlock];
-  float lowest = highest;
-  for (int64_t b = 0; b < blocks; ++b) {
-    LoadBlock(row, b, x);
-    for (int i = 0; i < kRowBlock; ++i) {
-      lowest = std::min(lowest, x[i] >= cut.value && x[i] != kNoLogit ? x[i] : lowest);
-    }
-  }
-  const float range = std::min(kRange, (highest - lowest) * inverse_temperature);
-  const float scale = range > 0 ? (kBins - 1) / range : 0;
-  auto bin_of = [&](float value) {
-    const float distance = (highest - value) * inverse_temperature * scale;
-    return distance < kBins - 1 ? static_cast<int>(distance) : kBins - 1;
-  };
-
-  sums_.assign(kBins, 0);
-  for (int64_t b = 0; b < blocks; ++b) {
-    LoadBlock(row, b, x);
-    if (BlockWeights(x, highest, inverse_temperature, cut.value, w) == 0) continue;
-    for (int i = 0; i < kRowBlock; ++i) {
-      if (w[i] > 0) sums_[bin_of(x[i])] += w[i];
-    }
-  }
-  double total = 0;
-  for (const double sum : sums_) total += sum;
-
-  double above = 0;
-  int border = 0;
-  while (border < kBins - 1 && above + sums_[border] < top_p * total) above += sums_[border++];
-  sorted_.clear();
-  for (int64_t b = 0; b < blocks; ++b) {
-    LoadBlock(row, b, x);
-    for (int i = 0; i < kRowBlock; ++i) {
-      if (x[i] >= cut.value && x[i] != kNoLogit && bin_of(x[i]) == border) {
-        sorted_.emplace_back(x[i], static_cast<int32_t>(b * kRowBlock + i));
-      }
-    }
-  }
-  std::sort(sorted_.begin(), sorted_.end(), MoreLikely);
-  for (const auto& [value, id] : sorted_) {
-    cut = {value, id};
-    above += std::exp(static_cast<double>(value - highest) * inverse_temperature);
-    if (above >= top_p * total) break;
-  }
-  return cut;
-}
-
-// Walks the kept tokens in order of id, so that a knob which cuts nothing changes nothing.
-int32_t Sampler::Draw(absl::Span<const float> row, float highest, float inverse_temperature,
-                      SampleCut cut, double uniform) {
-  const int64_t blocks = RowBlocks(row);
-  float x[kRowBlock], w[kRowBlock];
-  auto weigh = [&](int64_t b) -> double {
-    LoadBlock(row, b, x);
-    double sum = BlockWeights(x, highest, inverse_temperature, cut.value, w);
-    const bool cuts_ties = static_cast<int64_t>(cut.last_tie) < (b + 1) * kRowBlock;
-    if (sum == 0 || !cuts_ties) return sum;
-    sum = 0;
-    for (int i = 0; i < kRowBlock; ++i) {
-      if (!Keeps(cut, x[i], static_cast<int32_t>(b * kRowBlock + i))) w[i] = 0;
-      sum += w[i];
-    }
-    return sum;
-  };
-  sums_.resize(blocks);
-  double total = 0;
-  for (int64_t b = 0; b < blocks; ++b) total += sums_[b] = weigh(b);
-
-  double left = uniform * total;
-  int64_t block = 0, last = 0;  // last: the last block with mass, should rounding walk past the end
-  for (; block < blocks && left >= sums_[block]; ++block) {
-    left -= sums_[block];
-    if (sums_[block] > 0) last = block;
-  }
-  if (block == blocks) block = last;
-  weigh(block);
-  int32_t id = 0;
-  for (int i = 0; i < kRowBlock; ++i) {
-    if (w[i] == 0) continue;
-    id = static_cast<int32_t>(block * kRowBlock + i);
-    left -= w[i];
-    if (left < 0) break;
-  }
-  return id;
-}
-
-Sampled Sampler::Sample(const SampleInput& input) {
-  const SamplingParams& params = *input.params;
-  Sampled sampled;
-  const absl::Span<const float> row = Adjust(input);
-  const auto [highest, best] = RowMax(row);
-  if (best < 0) {
-    sampled.token = SmallestAllowed(input.banned);
-  } else if (params.temperature == 0) {
-    sampled.token = best;
-  } else {
-    sampled.token = Draw(row, highest, InverseOf(params.temperature), Cut(row, highest, params),
-                         UniformAt(input.seed, input.choice, input.position));
-  }
-  CHECK_LT(sampled.token, static_cast<int64_t>(row.size())) << "every token is banned";
-  if (input.top_logprobs >= 0) {
-    sampled.logprob = LogprobOf(input.logits, sampled.token, input.top_logprobs);
-  }
-  return sampled;
+  draws.push_back(draw);
 }
 
 TokenLogprob LogprobOf(absl::Span<const float> logits, int32_t token, int top) {

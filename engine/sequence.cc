@@ -7,10 +7,6 @@
 namespace longspan {
 namespace {
 
-bool HasPenalties(const SamplingParams& p) {
-  return p.presence_penalty != 0 || p.frequency_penalty != 0 || p.repetition_penalty != 1;
-}
-
 template <class Id>
 bool Contains(const std::vector<Id>& ids, int32_t id) {
   return std::find(ids.begin(), ids.end(), id) != ids.end();
@@ -46,33 +42,36 @@ const TokenHistory* Sequence::History() {
   return history_.get();
 }
 
-Event Sequence::Next(Sampler& sampler, absl::Span<const float> logits) {
+void Sequence::AddDraw(int row, int choice, DrawList* list) {
   CHECK(!finished());
-  const StoppingParams& stopping = request_.stopping;
-  SampleInput input;
-  input.logits = logits;
+  DrawInput input;
+  input.row = row;
   input.params = &request_.sampling;
   input.seed = seed_;
-  input.choice = index_;
+  input.choice = choice;
   input.position = output_tokens();
   input.history = History();
-  if (output_tokens() < stopping.min_tokens) input.banned = banned_early_;
-  input.top_logprobs = static_cast<int>(request_.output.logprobs.value_or(-1));
-  Sampled sampled = sampler.Sample(input);
+  if (output_tokens() < request_.stopping.min_tokens) input.banned = banned_early_;
+  list->Add(input);
+}
 
+Event Sequence::Next(Drawn drawn) {
+  CHECK(!finished());
+  CHECK_LT(drawn.token, vocab_) << "every token is banned";
+  const StoppingParams& stopping = request_.stopping;
   Event event;
   event.index = index_;
-  event.tokens = {sampled.token};
-  if (request_.output.logprobs.has_value()) event.logprobs = {std::move(sampled.logprob)};
-  tokens_.push_back(sampled.token);
-  if (history_ != nullptr) history_->AddOutput(sampled.token);
+  event.tokens = {drawn.token};
+  if (drawn.logprob.has_value()) event.logprobs = {*std::move(drawn.logprob)};
+  tokens_.push_back(drawn.token);
+  if (history_ != nullptr) history_->AddOutput(drawn.token);
 
   const bool may_stop = output_tokens() >= stopping.min_tokens;
-  if (StopsAt(sampled.token, event)) {
+  if (StopsAt(drawn.token, event)) {
     finish_ = FinishReason::kStop;
-    if (stopping.include_stop_in_output) AppendText(stream_.Append(sampled.token), false, event);
+    if (stopping.include_stop_in_output) AppendText(stream_.Append(drawn.token), false, event);
   } else {
-    AppendText(stream_.Append(sampled.token), may_stop, event);
+    AppendText(stream_.Append(drawn.token), may_stop, event);
     if (!finished() && output_tokens() >= stopping.max_tokens) finish_ = FinishReason::kLength;
   }
   if (finished() && !event.stop_text.has_value()) {

@@ -27,9 +27,11 @@ class Sequence {
   FinishReason finish() const { return finish_; }
   bool finished() const { return finish_ != FinishReason::kNone; }
 
-  // Draws the next token from `logits` [vocab] and returns the delta event that it makes. Sets
-  // finished().
-  Event Next(Sampler& sampler, absl::Span<const float> logits);
+  // Adds what draws the next token from row `row` of the logits; `choice` is index(), or that of a
+  // choice which forks from this one before its first token.
+  void AddDraw(int row, int choice, DrawList* list);
+  // Takes the token that was drawn and returns the delta event that it makes. Sets finished().
+  Event Next(Drawn drawn);
   // The last delta of a sequence that ends for an outside reason.
   Event Cancelled();
 

@@ -89,6 +89,11 @@ Work Cost(const GatherArgs& a) { return Touching({&a.rows, &a.out, &a.out}, 0); 
 // Division, tanh, product.
 Work Cost(const SoftcapArgs& a) { return Touching({&a.x, &a.x}, 3 * a.x.elements()); }
 
+// A read of each row is the least; what it computes depends on the knobs.
+Work Cost(const SampleArgs& a) {
+  return {a.tokens.shape[0] * BytesOf(a.logits.dtype, a.logits.shape[1]), 0};
+}
+
 const char* OpName(OpId op) {
   static constexpr const char* kNames[] = {
 #define LONGSPAN_OP_STRING(name) #name,

@@ -11,6 +11,7 @@
 //  - ops take effect in call order and never allocate memory that outlives the call.
 #include <cstdint>
 
+#include "kernels/draw.h"
 #include "kernels/kv_view.h"
 #include "kernels/span_record.h"
 #include "kernels/view.h"
@@ -130,6 +131,18 @@ struct SoftcapArgs {
   float cap = 0;
 };
 
+// tokens[i] = the token that draws[i] draws from its row of logits. logits: [rows, vocab] F32, not
+// modified; draws: [count] and their edits, in the backend's memory; tokens: [count] I32. A tie at
+// top-k's border keeps all that tie; at top-p's border smaller ids win; greedy takes the smallest
+// id of the highest. Logits that are not finite read as -infinity; if all are, the smallest id that
+// is not banned is taken, or vocab if every one is.
+struct SampleArgs {
+  View logits;
+  const Draw* draws = nullptr;
+  const LogitEdit* edits = nullptr;
+  View tokens;
+};
+
 Work Cost(const EmbedArgs& a);
 Work Cost(const RmsNormArgs& a);
 Work Cost(const MatMulArgs& a);
@@ -141,13 +154,15 @@ Work Cost(const GatedActivationArgs& a);
 Work Cost(const AddArgs& a);
 Work Cost(const GatherArgs& a);
 Work Cost(const SoftcapArgs& a);
+Work Cost(const SampleArgs& a);
 
 // The single list of ops: the table, the profile and the names are made from it.
 #define LONGSPAN_OPS(X) \
   X(Embed)              \
   X(RmsNorm)            \
   X(MatMul)             \
-  X(Rope) X(Attention) X(StoreKv) X(Convert) X(GatedActivation) X(Add) X(Gather) X(Softcap)
+  X(Rope)               \
+  X(Attention) X(StoreKv) X(Convert) X(GatedActivation) X(Add) X(Gather) X(Softcap) X(Sample)
 
 enum class OpId : uint8_t {
 #define LONGSPAN_OP_ID(name) k##name,

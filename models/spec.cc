@@ -298,6 +298,7 @@ std::vector<std::string> MissingFor(const ModelSpec& spec, const OpTable& ops) {
   needs_op(ops.Add, true);
   needs_op(ops.Gather, true);
   needs_op(ops.Softcap, spec.logit_softcap != 0);
+  needs_op(ops.Sample, true);
   return missing.Take();
 }
 

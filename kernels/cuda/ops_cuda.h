@@ -18,5 +18,6 @@ void GatedActivation(BackendContext& context, const GatedActivationArgs& args);
 void Add(BackendContext& context, const AddArgs& args);
 void Gather(BackendContext& context, const GatherArgs& args);
 void Softcap(BackendContext& context, const SoftcapArgs& args);
+void Sample(BackendContext& context, const SampleArgs& args);
 
 }  // namespace longspan::cuda

@@ -4,13 +4,15 @@
 #include <cmath>
 #include <limits>
 #include <map>
+#include <memory>
 #include <numeric>
 #include <random>
 #include <vector>
 
-#include "engine/row_math.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "kernels/backend.h"
+#include "kernels/row_math.h"
 
 namespace longspan {
 namespace {
@@ -72,17 +74,37 @@ std::vector<double> Reference(const std::vector<float>& row, const Knobs& knobs)
   return weight;
 }
 
+// Draws tokens with the CPU's op.
+class Sampler {
+ public:
+  int32_t Draw(const std::vector<float>& row, const DrawInput& input) {
+    list_.Clear();
+    list_.Add(input);
+    int32_t token = -1;
+    const View logits = View::Matrix(const_cast<float*>(row.data()), DType::kF32, 1,
+                                     static_cast<int64_t>(row.size()));
+    backend_->Run(backend_->ops().Sample, {.logits = logits,
+                                           .draws = list_.draws.data(),
+                                           .edits = list_.edits.data(),
+                                           .tokens = View::Vector(&token, DType::kI32, 1)});
+    return token;
+  }
+
+ private:
+  std::unique_ptr<Backend> backend_ = Backend::Cpu({.threads = 1});
+  DrawList list_;
+};
+
 int32_t Draw(Sampler& sampler, const std::vector<float>& row, const Knobs& knobs,
              int64_t position = 0, uint64_t seed = 1, int choice = 0) {
-  SampleInput input;
-  input.logits = row;
+  DrawInput input;
   input.params = &knobs.params;
   input.seed = seed;
   input.choice = choice;
   input.position = position;
   input.history = knobs.history;
   input.banned = knobs.banned;
-  return sampler.Sample(input).token;
+  return sampler.Draw(row, input);
 }
 
 std::map<int32_t, int> Frequencies(const std::vector<float>& row, const Knobs& knobs, int draws) {
@@ -400,20 +422,22 @@ TEST(Logprobs, TiesRankByIdAndImpossibleTokensStayOutOfTheTop) {
   EXPECT_EQ(LogprobOf(row, 3, 0).logprob, -kInfinity);
 }
 
-TEST(Logprobs, DescribeTheRawDistributionWhateverTheKnobs) {
-  const std::vector<float> row = RandomRow(100, 6);
-  SamplingParams params;
-  params.temperature = 0.1f;
-  params.top_k = 3;
-  params.logit_bias = {{7, 50.0f}};
-  SampleInput input;
-  input.logits = row;
-  input.params = &params;
-  input.top_logprobs = 2;
-  const Sampled got = Sampler().Sample(input);
-  EXPECT_EQ(got.token, 7);
-  EXPECT_EQ(got.logprob.logprob, LogprobOf(row, 7, 0).logprob);
-  EXPECT_EQ(got.logprob.top.size(), 2u);
+// Log-probabilities are of the raw distribution, so that whoever reads the row after the draw must
+// find it as it was.
+TEST(Sampler, LeavesTheLogitsAsTheyWere) {
+  const std::vector<float> row = RandomRow(100, 6), before = row;
+  TokenHistory history(100);
+  history.AddOutput(3);
+  Knobs knobs;
+  knobs.params.temperature = 0.1f;
+  knobs.params.top_k = 3;
+  knobs.params.logit_bias = {{7, 50.0f}};
+  knobs.params.presence_penalty = 1;
+  knobs.history = &history;
+  knobs.banned = {8};
+  Sampler sampler;
+  EXPECT_EQ(Draw(sampler, row, knobs), 7);
+  EXPECT_EQ(row, before);
 }
 
 TEST(RowMath, WeightsMatchExpWithinTheirTolerance) {

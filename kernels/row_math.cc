@@ -1,4 +1,4 @@
-#include "engine/row_math.h"
+#include "kernels/row_math.h"
 
 #include <algorithm>
 #include <cstring>
@@ -41,7 +41,7 @@ float Sum(Floats v) { return (v[0] + v[1]) + (v[2] + v[3]); }
 
 }  // namespace
 
-void LoadBlock(absl::Span<const float> row, int64_t block, float* out) {
+void LoadBlock(std::span<const float> row, int64_t block, float* out) {
   const int64_t begin = block * kRowBlock;
   const int64_t count = std::min<int64_t>(kRowBlock, row.size() - begin);
   const float* x = row.data() + begin;
@@ -74,7 +74,7 @@ float BlockWeights(const float* x, float highest, float scale, float floor, floa
   return Sum(sum);
 }
 
-std::pair<float, int32_t> RowMax(absl::Span<const float> row) {
+std::pair<float, int32_t> RowMax(std::span<const float> row) {
   float x[kRowBlock];
   float highest = kNoLogit;
   int64_t best = -1;
@@ -92,7 +92,7 @@ std::pair<float, int32_t> RowMax(absl::Span<const float> row) {
   return {highest, static_cast<int32_t>(best * kRowBlock + index)};
 }
 
-double RowSum(absl::Span<const float> row, float highest, float scale) {
+double RowSum(std::span<const float> row, float highest, float scale) {
   float x[kRowBlock], w[kRowBlock];
   double sum = 0;
   for (int64_t b = 0; b < RowBlocks(row); ++b) {
@@ -102,7 +102,7 @@ double RowSum(absl::Span<const float> row, float highest, float scale) {
   return sum;
 }
 
-int32_t RowRank(absl::Span<const float> row, int32_t index) {
+int32_t RowRank(std::span<const float> row, int32_t index) {
   float x[kRowBlock];
   const int64_t own = index / kRowBlock;
   LoadBlock(row, own, x);
@@ -121,7 +121,7 @@ int32_t RowRank(absl::Span<const float> row, int32_t index) {
   return before[0] + before[1] + before[2] + before[3];
 }
 
-void RowTop(absl::Span<const float> row, int64_t count,
+void RowTop(std::span<const float> row, int64_t count,
             std::vector<std::pair<float, int32_t>>* out) {
   out->clear();
   if (count <= 0) return;

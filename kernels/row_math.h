@@ -7,19 +7,19 @@
 #include <utility>
 #include <vector>
 
-#include "absl/types/span.h"
+#include <span>
 
 namespace longspan {
 
 inline constexpr int kRowBlock = 64;
 inline constexpr float kNoLogit = -std::numeric_limits<float>::infinity();
 
-inline int64_t RowBlocks(absl::Span<const float> row) {
+inline int64_t RowBlocks(std::span<const float> row) {
   return (static_cast<int64_t>(row.size()) + kRowBlock - 1) / kRowBlock;
 }
 
 // Block `block` of the row, padded with -infinity at its end.
-void LoadBlock(absl::Span<const float> row, int64_t block, float* out);
+void LoadBlock(std::span<const float> row, int64_t block, float* out);
 // Largest of a loaded block.
 float BlockMax(const float* x);
 // weights[i] = exp((x[i] - highest) * scale) for x[i] >= floor, else 0; returns their sum. x[i] <=
@@ -27,15 +27,14 @@ float BlockMax(const float* x);
 float BlockWeights(const float* x, float highest, float scale, float floor, float* weights);
 
 // Largest value and the smallest index that has it; {-infinity, -1} when no value is finite.
-std::pair<float, int32_t> RowMax(absl::Span<const float> row);
+std::pair<float, int32_t> RowMax(std::span<const float> row);
 // Sum of exp((x - highest) * scale) over the row.
-double RowSum(absl::Span<const float> row, float highest, float scale);
+double RowSum(std::span<const float> row, float highest, float scale);
 // How many values come before (x, index): larger, or equal with a smaller index.
-int32_t RowRank(absl::Span<const float> row, int32_t index);
+int32_t RowRank(std::span<const float> row, int32_t index);
 // Appends to *out (cleared first) every finite value that is at least the count-th largest, in no
 // order.
-void RowTop(absl::Span<const float> row, int64_t count,
-            std::vector<std::pair<float, int32_t>>* out);
+void RowTop(std::span<const float> row, int64_t count, std::vector<std::pair<float, int32_t>>* out);
 
 // Larger values first, smaller indices first among equals.
 inline bool MoreLikely(const std::pair<float, int32_t>& a, const std::pair<float, int32_t>& b) {
