@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -83,6 +84,14 @@ class Backend {
     const auto begin = std::chrono::steady_clock::now();
     op.function(*context_, args);
     Account(op.id, Cost(args), std::chrono::steady_clock::now() - begin);
+  }
+
+  // Calls `issue`, which runs ops and does nothing else. A device that can launches ops that were
+  // issued before under the same key all at once instead. The key stands for all that the ops'
+  // arguments are, but not for what lies in the backend's memory nor for the lengths that Work is
+  // counted by.
+  virtual void Repeat([[maybe_unused]] uint64_t key, const std::function<void()>& issue) {
+    issue();
   }
 
   virtual Buffer Allocate(size_t bytes) = 0;

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <utility>
 
+#include "absl/hash/hash.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "kernels/convert.h"
@@ -238,12 +239,37 @@ View Packed(const View& area, int64_t rows, int64_t columns) {
   return View::Matrix(area.data, area.dtype, rows, columns);
 }
 
+// Every sequence has one row, and nothing is told but logits: steps of one number of sequences are
+// alike but for what lies in memory.
+bool OnlyDecodes(const Step& step) {
+  return step.batch.rows == step.batch.sequences && step.spans.count == 0 &&
+         step.logit_rows.elements() == step.batch.rows;
+}
+
+uint64_t KeyOf(const Step& step, size_t layers) {
+  uint64_t key = absl::HashOf(step.batch.rows, step.tokens.data, step.positions.data,
+                              step.batch.row_begin, step.batch.start, step.logit_rows.data);
+  for (size_t l = 0; l < layers; ++l) {
+    const KvView& cache = step.caches[l];
+    key = absl::HashOf(key, cache.arena, cache.key_offset, cache.value_offset, cache.table,
+                       cache.table_stride, cache.slots);
+  }
+  return key;
+}
+
 }  // namespace
 
 View Model::Forward(const Step& step) {
+  CHECK_GT(step.batch.rows, 0);
+  CHECK_LE(step.batch.rows, options_.max_rows);
+  if (!OnlyDecodes(step)) return Issue(step);
+  View logits;
+  backend_.Repeat(KeyOf(step, layers_.size()), [&] { logits = Issue(step); });
+  return logits;
+}
+
+View Model::Issue(const Step& step) {
   const int64_t rows = step.batch.rows;
-  CHECK_GT(rows, 0);
-  CHECK_LE(rows, options_.max_rows);
   const OpTable& ops = backend_.ops();
   const View residual = work_->residual.Rows(rows);
 

@@ -49,6 +49,7 @@ class Model {
   struct Layer;
   struct Workspace;
   Model(ModelSpec spec, ModelOptions options, Backend& backend);
+  View Issue(const Step& step);
   absl::Status BindWeights();
   void AllocateWorkspace();
   void RunLayer(const Step& step, int index, const View& residual);

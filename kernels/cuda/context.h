@@ -35,6 +35,9 @@ struct BackendContext : longspan::BackendContext {
 
   TilePlans* tile_plans = nullptr;  // owned; kernels/cuda/matmul.h
 
+  // Ops are issued for their costs alone: the graph that is launched next holds their kernels.
+  bool replaying = false;
+
   // The first error that the device or its driver reported, "" before that. Sticky: no op runs
   // after it, and whoever issued ops must look at it before trusting what it reads back.
   std::string fault;

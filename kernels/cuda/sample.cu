@@ -113,9 +113,9 @@ __device__ Best Highest(const float* row, int vocab) {
   return best;
 }
 
-// Unsigned integers in the order of the floats.
+// Unsigned integers in the order of the floats; one for both zeros.
 __device__ uint32_t KeyOf(float x) {
-  const uint32_t bits = __float_as_uint(x);
+  const uint32_t bits = __float_as_uint(x == 0 ? 0.0f : x);
   return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
 }
 __device__ float ValueOf(uint32_t key) {

@@ -23,7 +23,7 @@ struct Case {
   int rows() const { return static_cast<int>(logits.size()) / vocab; }
 };
 
-std::vector<int32_t> Run(Backend& backend, const Case& c) {
+std::vector<int32_t> DrawOn(Backend& backend, const Case& c) {
   const auto upload = [&](const void* data, size_t bytes) {
     Buffer buffer = backend.Allocate(std::max<size_t>(bytes, 1));
     backend.CopyIn(buffer.data(), data, bytes);
@@ -62,7 +62,7 @@ class CudaSample : public ::testing::Test {
   // Weights differ by some 1e-7 of themselves between the two, so that a uniform within that of a
   // border between two tokens may fall to either. The seeds are fixed: none of these does.
   void ExpectSame(const Case& c) {
-    const std::vector<int32_t> got = Run(*gpu_, c), expected = Run(*cpu_, c);
+    const std::vector<int32_t> got = DrawOn(*gpu_, c), expected = DrawOn(*cpu_, c);
     int different = 0;
     for (size_t i = 0; i < got.size(); ++i) {
       if (got[i] == expected[i] || ++different > 5) continue;
@@ -73,7 +73,7 @@ class CudaSample : public ::testing::Test {
                     << ", min_p margin " << d.min_p_margin << ", uniform " << d.uniform;
     }
     EXPECT_EQ(different, 0);
-    EXPECT_EQ(Run(*gpu_, c), got) << "a draw does not repeat";
+    EXPECT_EQ(DrawOn(*gpu_, c), got) << "a draw does not repeat";
   }
 
   std::unique_ptr<Backend> gpu_, cpu_;
