@@ -32,16 +32,40 @@ Work Cost(const EmbedArgs& a) {
 // Square, add, two products.
 Work Cost(const RmsNormArgs& a) { return Touching({&a.x, &a.weight, &a.out}, 4 * a.x.elements()); }
 
+// A sum, and as RmsNorm for each weight.
+Work Cost(const AddRmsNormArgs& a) {
+  Work work = Touching({&a.x, &a.x_weight, &a.residual, &a.residual}, a.x.elements());
+  if (!a.x_weight.empty()) work.flops += 4 * a.x.elements();
+  if (!a.weight.empty()) {
+    work.bytes += a.weight.bytes() + a.out.bytes();
+    work.flops += 4 * a.x.elements();
+  }
+  return work;
+}
+
 Work Cost(const MatMulArgs& a) {
   Work work = Touching({&a.x, &a.out}, 2 * a.x.shape[1] * a.out.elements());
   for (int i = 0; i < a.part_count; ++i) work.bytes += a.parts[i].bytes();
   return work;
 }
 
-// Read and written; four products and two sums for each rotated pair.
-Work Cost(const RopeArgs& a) {
-  const int64_t pairs = a.x.shape[0] * a.x.shape[1] * a.frequencies.elements();
-  return Touching({&a.x, &a.x, &a.positions, &a.frequencies}, 6 * pairs);
+// As RmsNorm for normed heads; four products and two sums for each rotated pair; one for each
+// number rounded. Queries that nothing changes are not touched.
+Work Cost(const PrepareQkvArgs& a) {
+  const int64_t query_heads = a.query_heads(), kv_heads = a.key.shape[1];
+  const int64_t rows = a.qkv.shape[0];
+  const View keys = a.qkv.Columns(0, kv_heads * a.key.shape[2]);
+  const View queries = a.qkv.Columns(0, query_heads * a.key.shape[2]);
+  Work work =
+      Touching({&keys, &keys, &a.key, &a.value, &a.query_norm, &a.key_norm}, 2 * a.key.elements());
+  if (!a.query_norm.empty()) work.flops += 4 * queries.elements();
+  if (!a.key_norm.empty()) work.flops += 4 * keys.elements();
+  if (!a.frequencies.empty()) {
+    work.bytes += a.positions.bytes() + a.frequencies.bytes();
+    work.flops += 6 * rows * (query_heads + kv_heads) * a.frequencies.elements();
+  }
+  if (!a.query_norm.empty() || !a.frequencies.empty()) work.bytes += 2 * queries.bytes();
+  return work;
 }
 
 Work Cost(const AttentionArgs& a) {
@@ -75,14 +99,10 @@ Work Cost(const StoreKvArgs& a) {
   return {2 * rows * kv_row, 0};
 }
 
-Work Cost(const ConvertArgs& a) { return Touching({&a.x, &a.out}, a.x.elements()); }
-
 // Exponential, division, two products and a sum, each counted as one.
 Work Cost(const GatedActivationArgs& a) {
   return Touching({&a.gate_up, &a.out}, 5 * a.out.elements());
 }
-
-Work Cost(const AddArgs& a) { return Touching({&a.x, &a.out, &a.out}, a.out.elements()); }
 
 Work Cost(const GatherArgs& a) { return Touching({&a.rows, &a.out, &a.out}, 0); }
 

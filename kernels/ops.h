@@ -32,10 +32,18 @@ struct EmbedArgs {
   float scale = 1;
 };
 
-// out = x / sqrt(mean(x^2) + eps) * weight over the last dimension. x, out: [rows, dim] or
-// [rows, groups, dim] (may alias); weight: [dim] F32.
+// out = x / sqrt(mean(x^2) + eps) * weight, row by row. x, out: [rows, dim] (may alias); weight:
+// [dim] F32.
 struct RmsNormArgs {
   View x, weight, out;
+  float eps = 1e-6f;
+};
+
+// What lies between two blocks of a model: residual += x, or += RmsNorm(x) where x_weight is given
+// (a post-norm); then, where weight is given, out = RmsNorm(residual) (the next block's pre-norm).
+// x, residual, out: [rows, dim], three memories; x_weight, weight: [dim] F32, or empty.
+struct AddRmsNormArgs {
+  View x, x_weight, residual, weight, out;
   float eps = 1e-6f;
 };
 
@@ -49,14 +57,21 @@ struct MatMulArgs {
   View out;
 };
 
-// Rotates pairs of the first 2 * frequencies dims of each head in place by position * frequency.
-// x: [rows, heads, head_dim]; positions: [rows] I32; frequencies: [rotary_dim / 2] F32, radians per
-// token. interleaved: pairs (2i, 2i+1), else (i, i + rotary_dim / 2). `magnitude` scales the
-// rotated dims.
-struct RopeArgs {
-  View x, positions, frequencies;
+// From the product q | k | v to what attention takes: RmsNorm of each head of q and of k where its
+// weight is given, rotary positions of q and k where frequencies are given, then k and v rounded
+// (to nearest even) to the cache's dtype. Queries stay in qkv; its columns of k are lost.
+// qkv: [rows, query_heads * head_dim + 2 * kv_heads * head_dim]; query_norm, key_norm: [head_dim]
+// F32, or empty; positions: [rows] I32; key, value: [rows, kv_heads, head_dim], F32 or BF16.
+// Positions rotate pairs of the first 2 * frequencies dims of a head by position * frequency;
+// frequencies: [rotary_dim / 2] F32, radians per token, or empty. interleaved: pairs (2i, 2i+1),
+// else (i, i + rotary_dim / 2). `magnitude` scales the rotated dims.
+struct PrepareQkvArgs {
+  View qkv, query_norm, key_norm, positions, frequencies, key, value;
   bool interleaved = false;
   float magnitude = 1;
+  float eps = 1e-6f;
+
+  int64_t query_heads() const { return qkv.shape[1] / key.shape[2] - 2 * key.shape[1]; }
 };
 
 // One ragged batch of sequences in a step: sequence s owns rows [row_begin[s], row_begin[s + 1]) of
@@ -102,22 +117,12 @@ struct StoreKvArgs {
   int window = 0;
 };
 
-// out = x converted to out's dtype. x: F32, out: F32, BF16 or F16; same shape, rows may be strided.
-struct ConvertArgs {
-  View x, out;
-};
-
 enum class Activation : uint8_t { kSilu, kGeluTanh };
 
 // out = activation(gate) * up. gate_up: [rows, 2 * dim], gate first; out: [rows, dim].
 struct GatedActivationArgs {
   View gate_up, out;
   Activation activation = Activation::kSilu;
-};
-
-// out += x. x, out: [rows, dim].
-struct AddArgs {
-  View x, out;
 };
 
 // out[i] = x[rows[i]]. x: [n, dim]; rows: [m] I32; out: [m, dim].
@@ -145,13 +150,12 @@ struct SampleArgs {
 
 Work Cost(const EmbedArgs& a);
 Work Cost(const RmsNormArgs& a);
+Work Cost(const AddRmsNormArgs& a);
 Work Cost(const MatMulArgs& a);
-Work Cost(const RopeArgs& a);
+Work Cost(const PrepareQkvArgs& a);
 Work Cost(const AttentionArgs& a);
 Work Cost(const StoreKvArgs& a);
-Work Cost(const ConvertArgs& a);
 Work Cost(const GatedActivationArgs& a);
-Work Cost(const AddArgs& a);
 Work Cost(const GatherArgs& a);
 Work Cost(const SoftcapArgs& a);
 Work Cost(const SampleArgs& a);
@@ -160,9 +164,9 @@ Work Cost(const SampleArgs& a);
 #define LONGSPAN_OPS(X) \
   X(Embed)              \
   X(RmsNorm)            \
+  X(AddRmsNorm)         \
   X(MatMul)             \
-  X(Rope)               \
-  X(Attention) X(StoreKv) X(Convert) X(GatedActivation) X(Add) X(Gather) X(Softcap) X(Sample)
+  X(PrepareQkv) X(Attention) X(StoreKv) X(GatedActivation) X(Gather) X(Softcap) X(Sample)
 
 enum class OpId : uint8_t {
 #define LONGSPAN_OP_ID(name) k##name,

@@ -75,7 +75,7 @@ struct Model::Layer {
 // Activations of one step, each [max_rows, …]; a step uses the first rows.
 struct Model::Workspace {
   View residual;    // [rows, dim]
-  View normed;      // [rows, dim]
+  View normed;      // [rows, dim]: the residual as the next block takes it
   View branch;      // [rows, dim]: what the mixer or the MLP adds
   View qkv;         // [rows, q + k + v columns of the widest layer]
   View key, value;  // [rows, kv columns] in the cache's dtype
@@ -274,8 +274,12 @@ View Model::Issue(const Step& step) {
   const View residual = work_->residual.Rows(rows);
 
   backend_.Run(ops.Embed, {embedding_, step.tokens, residual, spec_.embedding_scale});
-  for (size_t l = 0; l < layers_.size(); ++l) RunLayer(step, static_cast<int>(l), residual);
-
+  backend_.Run(ops.RmsNorm,
+               {residual, layers_[0].mixer_norm, work_->normed.Rows(rows), spec_.norm_eps});
+  for (size_t l = 0; l < layers_.size(); ++l) {
+    RunMixer(step, static_cast<int>(l));
+    RunMlp(rows, static_cast<int>(l));
+  }
   return Logits(step.logit_rows);
 }
 
@@ -293,52 +297,41 @@ View Model::Logits(const View& rows) {
   return logits;
 }
 
-void Model::RunLayer(const Step& step, int index, const View& residual) {
-  RunMixer(step, index, residual);
-  if (spec_.layers[index].mlp.has_value()) RunMlp(index, residual);
-}
-
-void Model::RunMixer(const Step& step, int index, const View& residual) {
+void Model::RunMixer(const Step& step, int index) {
   const OpTable& ops = backend_.ops();
-  const LayerSpec& spec = spec_.layers[index];
   const Layer& layer = layers_[index];
-  const auto& a = std::get<AttentionSpec>(spec.mixer);
-  const int64_t rows = residual.shape[0];
+  const auto& a = std::get<AttentionSpec>(spec_.layers[index].mixer);
+  const int64_t rows = step.batch.rows;
   const int64_t q_columns = static_cast<int64_t>(a.heads) * a.head_dim;
   const int64_t kv_columns = static_cast<int64_t>(a.kv_heads) * a.head_dim;
 
-  const View normed = work_->normed.Rows(rows);
   const View qkv = Packed(work_->qkv, rows, q_columns + 2 * kv_columns);
-  backend_.Run(ops.RmsNorm, {residual, layer.mixer_norm, normed, spec_.norm_eps});
-  backend_.Run(ops.MatMul,
-               {.x = normed, .parts = {layer.q, layer.k, layer.v}, .part_count = 3, .out = qkv});
-  const View query = qkv.Columns(0, q_columns).Heads(a.heads);
-  const View key = qkv.Columns(q_columns, kv_columns).Heads(a.kv_heads);
-  const View value = qkv.Columns(q_columns + kv_columns, kv_columns).Heads(a.kv_heads);
-  if (a.qk_norm) {
-    backend_.Run(ops.RmsNorm, {query, layer.q_norm, query, spec_.norm_eps});
-    backend_.Run(ops.RmsNorm, {key, layer.k_norm, key, spec_.norm_eps});
-  }
-  if (a.rope.has_value()) {
-    const bool interleaved = a.rope->interleaved;
-    backend_.Run(ops.Rope, {query, step.positions, layer.frequencies, interleaved});
-    backend_.Run(ops.Rope, {key, step.positions, layer.frequencies, interleaved});
-  }
+  backend_.Run(ops.MatMul, {.x = work_->normed.Rows(rows),
+                            .parts = {layer.q, layer.k, layer.v},
+                            .part_count = 3,
+                            .out = qkv});
   // In the cache's dtype before attention sees them, so that a key counts the same in flight and
   // cached.
-  const View stored_key = Packed(work_->key, rows, kv_columns).Heads(a.kv_heads);
-  const View stored_value = Packed(work_->value, rows, kv_columns).Heads(a.kv_heads);
-  backend_.Run(ops.Convert, {key, stored_key});
-  backend_.Run(ops.Convert, {value, stored_value});
+  const View key = Packed(work_->key, rows, kv_columns).Heads(a.kv_heads);
+  const View value = Packed(work_->value, rows, kv_columns).Heads(a.kv_heads);
+  backend_.Run(ops.PrepareQkv, {.qkv = qkv,
+                                .query_norm = layer.q_norm,
+                                .key_norm = layer.k_norm,
+                                .positions = step.positions,
+                                .frequencies = layer.frequencies,
+                                .key = key,
+                                .value = value,
+                                .interleaved = a.rope.has_value() && a.rope->interleaved,
+                                .eps = spec_.norm_eps});
 
   const View attended = Packed(work_->attention, rows, q_columns);
   SpanRequest spans = step.spans;
   if (spans.count > 0) {
     spans.records = step.span_records + static_cast<int64_t>(index) * spans.count * max_heads_;
   }
-  backend_.Run(ops.Attention, {.query = query,
-                               .key = stored_key,
-                               .value = stored_value,
+  backend_.Run(ops.Attention, {.query = qkv.Columns(0, q_columns).Heads(a.heads),
+                               .key = key,
+                               .value = value,
                                .out = attended.Heads(a.heads),
                                .cache = step.caches[index],
                                .batch = step.batch,
@@ -347,36 +340,40 @@ void Model::RunMixer(const Step& step, int index, const View& residual) {
                                .softcap = a.softcap,
                                .sinks = layer.sinks,
                                .spans = spans});
-  backend_.Run(ops.StoreKv,
-               {stored_key, stored_value, step.caches[index], step.batch, a.window.value_or(0)});
+  backend_.Run(ops.StoreKv, {key, value, step.caches[index], step.batch, a.window.value_or(0)});
 
   const View branch = work_->branch.Rows(rows);
   backend_.Run(ops.MatMul, {.x = attended, .parts = {layer.o}, .part_count = 1, .out = branch});
-  if (spec.post_norms) {
-    backend_.Run(ops.RmsNorm, {branch, layer.mixer_post_norm, branch, spec_.norm_eps});
-  }
-  backend_.Run(ops.Add, {branch, residual});
+  AddBranch(rows, layer.mixer_post_norm, layer.mlp_norm);
 }
 
-void Model::RunMlp(int index, const View& residual) {
+void Model::RunMlp(int64_t rows, int index) {
   const OpTable& ops = backend_.ops();
-  const LayerSpec& spec = spec_.layers[index];
   const Layer& layer = layers_[index];
-  const int64_t rows = residual.shape[0];
-  const View normed = work_->normed.Rows(rows);
-  const View gate_up = Packed(work_->gate_up, rows, 2 * spec.mlp->intermediate);
-  const View activated = Packed(work_->activated, rows, spec.mlp->intermediate);
-  const View branch = work_->branch.Rows(rows);
+  const MlpSpec& mlp = *spec_.layers[index].mlp;
+  const View gate_up = Packed(work_->gate_up, rows, 2 * mlp.intermediate);
+  const View activated = Packed(work_->activated, rows, mlp.intermediate);
 
-  backend_.Run(ops.RmsNorm, {residual, layer.mlp_norm, normed, spec_.norm_eps});
-  backend_.Run(ops.MatMul,
-               {.x = normed, .parts = {layer.gate, layer.up}, .part_count = 2, .out = gate_up});
-  backend_.Run(ops.GatedActivation, {gate_up, activated, spec.mlp->activation});
-  backend_.Run(ops.MatMul, {.x = activated, .parts = {layer.down}, .part_count = 1, .out = branch});
-  if (spec.post_norms) {
-    backend_.Run(ops.RmsNorm, {branch, layer.mlp_post_norm, branch, spec_.norm_eps});
-  }
-  backend_.Run(ops.Add, {branch, residual});
+  backend_.Run(ops.MatMul, {.x = work_->normed.Rows(rows),
+                            .parts = {layer.gate, layer.up},
+                            .part_count = 2,
+                            .out = gate_up});
+  backend_.Run(ops.GatedActivation, {gate_up, activated, mlp.activation});
+  backend_.Run(
+      ops.MatMul,
+      {.x = activated, .parts = {layer.down}, .part_count = 1, .out = work_->branch.Rows(rows)});
+  // After the last layer there is no next norm: the final one takes only rows that need logits.
+  const bool last = static_cast<size_t>(index) + 1 == layers_.size();
+  AddBranch(rows, layer.mlp_post_norm, last ? View() : layers_[index + 1].mixer_norm);
+}
+
+void Model::AddBranch(int64_t rows, const View& post_norm, const View& next_norm) {
+  backend_.Run(backend_.ops().AddRmsNorm, {.x = work_->branch.Rows(rows),
+                                           .x_weight = post_norm,
+                                           .residual = work_->residual.Rows(rows),
+                                           .weight = next_norm,
+                                           .out = work_->normed.Rows(rows),
+                                           .eps = spec_.norm_eps});
 }
 
 }  // namespace longspan

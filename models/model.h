@@ -52,9 +52,10 @@ class Model {
   View Issue(const Step& step);
   absl::Status BindWeights();
   void AllocateWorkspace();
-  void RunLayer(const Step& step, int index, const View& residual);
-  void RunMixer(const Step& step, int index, const View& residual);
-  void RunMlp(int index, const View& residual);
+  void RunMixer(const Step& step, int index);
+  void RunMlp(int64_t rows, int index);
+  // Adds the block's branch to the residual and norms that for the next block (empty: none).
+  void AddBranch(int64_t rows, const View& post_norm, const View& next_norm);
 
   ModelSpec spec_;
   ModelOptions options_;

@@ -263,13 +263,6 @@ void AddMissing(const LayerSpec& layer, int index, Missing& missing) {
   if (layer.weights_of) missing.Add("weights of an earlier layer", index);
 }
 
-bool NeedsRope(const ModelSpec& spec) {
-  return std::any_of(spec.layers.begin(), spec.layers.end(), [](const LayerSpec& layer) {
-    const auto* attention = std::get_if<AttentionSpec>(&layer.mixer);
-    return attention != nullptr && attention->rope.has_value();
-  });
-}
-
 }  // namespace
 
 CacheNeed NeedOf(const MixerSpec& mixer, DType cache_dtype) {
@@ -289,13 +282,12 @@ std::vector<std::string> MissingFor(const ModelSpec& spec, const OpTable& ops) {
   };
   needs_op(ops.Embed, true);
   needs_op(ops.RmsNorm, true);
+  needs_op(ops.AddRmsNorm, true);
   needs_op(ops.MatMul, true);
-  needs_op(ops.Rope, NeedsRope(spec));
+  needs_op(ops.PrepareQkv, true);
   needs_op(ops.Attention, true);
   needs_op(ops.StoreKv, true);
-  needs_op(ops.Convert, true);
   needs_op(ops.GatedActivation, true);
-  needs_op(ops.Add, true);
   needs_op(ops.Gather, true);
   needs_op(ops.Softcap, spec.logit_softcap != 0);
   needs_op(ops.Sample, true);

@@ -36,27 +36,6 @@ void Widen(const std::byte* row, int64_t elements, float* out) {
 
 }  // namespace
 
-uint16_t FloatToHalf(float value) {
-  const uint32_t bits = std::bit_cast<uint32_t>(value);
-  const uint32_t sign = bits >> 16 & 0x8000u;
-  const uint32_t magnitude = bits & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return sign | 0x7e00u;   // NaN
-  if (magnitude >= 0x47800000u) return sign | 0x7c00u;  // 2^16 and more
-  if (magnitude < 0x38800000u) {
-    // Below 2^-14: adding 1/2 makes the processor round to the subnormals' spacing of 2^-24.
-    const float shifted = std::bit_cast<float>(magnitude) + 0.5f;
-    return sign | (std::bit_cast<uint32_t>(shifted) - 0x3f000000u);
-  }
-  const uint32_t rounded = magnitude + 0xfffu + (magnitude >> 13 & 1);
-  return sign | ((rounded - (112u << 23)) >> 13);
-}
-
-uint16_t FloatToBrain(float value) {
-  const uint32_t bits = std::bit_cast<uint32_t>(value);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return bits >> 16 | 0x40u;
-  return (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
-}
-
 void DequantiseRow(DType type, const std::byte* row, int64_t elements, float* out) {
   switch (type) {
     case DType::kF32:

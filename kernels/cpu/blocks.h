@@ -28,10 +28,6 @@ inline float BrainToFloat(uint16_t brain) {
   return std::bit_cast<float>(static_cast<uint32_t>(brain) << 16);
 }
 
-// Round to nearest, ties to even; too large becomes infinity, NaN stays NaN.
-uint16_t FloatToHalf(float value);
-uint16_t FloatToBrain(float value);
-
 // 32 elements, signed bytes times d.
 struct BlockQ8_0 {
   uint16_t d;  // F16

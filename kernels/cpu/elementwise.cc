@@ -1,4 +1,4 @@
-// The ops that only move or add numbers: Add, Gather, Softcap.
+// The ops of single numbers: Gather, Softcap.
 #include <cmath>
 #include <cstring>
 
@@ -6,14 +6,6 @@
 #include "kernels/cpu/ops_cpu.h"
 
 namespace longspan::cpu {
-
-void Add(BackendContext&, const AddArgs& a) {
-  for (int64_t row = 0; row < a.out.shape[0]; ++row) {
-    const float* x = a.x.as<float>() + row * a.x.stride[0];
-    float* out = a.out.as<float>() + row * a.out.stride[0];
-    for (int64_t d = 0; d < a.out.shape[1]; ++d) out[d] += x[d];
-  }
-}
 
 void Gather(BackendContext&, const GatherArgs& a) {
   const int32_t* rows = a.rows.as<int32_t>();

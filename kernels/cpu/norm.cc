@@ -1,3 +1,5 @@
+#include "kernels/cpu/norm.h"
+
 #include <cmath>
 
 #include "kernels/cpu/context.h"
@@ -6,6 +8,8 @@
 
 namespace longspan::cpu {
 namespace {
+
+int64_t Grain(int64_t dim) { return 1 + 16384 / dim; }  // rows
 
 LONGSPAN_INLINE void NormRow(const float* x, const float* weight, int64_t dim, float eps,
                              float* out) {
@@ -31,20 +35,36 @@ void NormRowPortable(const float* x, const float* weight, int64_t dim, float eps
 
 }  // namespace
 
+NormRowFunction NormRowOf(Simd simd) {
+  return simd == Simd::kPortable ? NormRowPortable : NormRowAvx2;
+}
+
 void RmsNorm(BackendContext& context, const RmsNormArgs& a) {
-  const auto norm = context.simd == Simd::kPortable ? NormRowPortable : NormRowAvx2;
-  const bool grouped = a.x.rank == 3;
-  const int64_t groups = grouped ? a.x.shape[1] : 1;
-  const int64_t dim = grouped ? a.x.shape[2] : a.x.shape[1];
-  const float* weight = a.weight.as<float>();
-  const int64_t grain = 1 + 16384 / (groups * dim);
-  context.team.For(a.x.shape[0], grain, [&](int64_t begin, int64_t end, int) {
+  const NormRowFunction norm = NormRowOf(context.simd);
+  const int64_t dim = a.x.shape[1];
+  context.team.For(a.x.shape[0], Grain(dim), [&](int64_t begin, int64_t end, int) {
     for (int64_t row = begin; row < end; ++row) {
-      for (int64_t g = 0; g < groups; ++g) {
-        const int64_t from = row * a.x.stride[0] + (grouped ? g * a.x.stride[1] : 0);
-        const int64_t to = row * a.out.stride[0] + (grouped ? g * a.out.stride[1] : 0);
-        norm(a.x.as<float>() + from, weight, dim, a.eps, a.out.as<float>() + to);
+      norm(a.x.as<float>() + row * a.x.stride[0], a.weight.as<float>(), dim, a.eps,
+           a.out.as<float>() + row * a.out.stride[0]);
+    }
+  });
+}
+
+void AddRmsNorm(BackendContext& context, const AddRmsNormArgs& a) {
+  const NormRowFunction norm = NormRowOf(context.simd);
+  const int64_t dim = a.x.shape[1];
+  context.team.For(a.x.shape[0], Grain(dim), [&](int64_t begin, int64_t end, int thread) {
+    auto* normed = reinterpret_cast<float*>(context.Scratch(thread, sizeof(float) * dim));
+    for (int64_t row = begin; row < end; ++row) {
+      const float* x = a.x.as<float>() + row * a.x.stride[0];
+      float* residual = a.residual.as<float>() + row * a.residual.stride[0];
+      if (!a.x_weight.empty()) {
+        norm(x, a.x_weight.as<float>(), dim, a.eps, normed);
+        x = normed;
       }
+      for (int64_t d = 0; d < dim; ++d) residual[d] += x[d];
+      if (a.weight.empty()) continue;
+      norm(residual, a.weight.as<float>(), dim, a.eps, a.out.as<float>() + row * a.out.stride[0]);
     }
   });
 }

@@ -1,4 +1,4 @@
-// The ops that only move or add numbers: Add, Gather, Softcap.
+// The ops of single numbers: Gather, Softcap.
 #include "kernels/cuda/check_cuda.h"
 #include "kernels/cuda/numbers.cuh"
 #include "kernels/cuda/ops_cuda.h"
@@ -9,12 +9,6 @@ namespace {
 constexpr int kThreads = 256;
 
 // What a thread (column, row) of the grid does: grid.y is the rows.
-__global__ void AddRows(const float* x, int64_t x_stride, float* out, int64_t out_stride,
-                        int64_t dim) {
-  const int64_t d = blockIdx.x * int64_t{kThreads} + threadIdx.x;
-  if (d < dim) out[blockIdx.y * out_stride + d] += x[blockIdx.y * x_stride + d];
-}
-
 __global__ void GatherRows(const float* x, int64_t x_stride, const int32_t* rows, float* out,
                            int64_t out_stride, int64_t dim) {
   const int64_t d = blockIdx.x * int64_t{kThreads} + threadIdx.x;
@@ -31,13 +25,6 @@ dim3 Grid(const View& view) {
 }
 
 }  // namespace
-
-void Add(BackendContext& context, const AddArgs& a) {
-  if (a.out.elements() == 0) return;
-  AddRows<<<Grid(a.out), kThreads, 0, context.stream>>>(
-      a.x.as<float>(), a.x.stride[0], a.out.as<float>(), a.out.stride[0], a.out.shape[1]);
-  CheckLaunch(context, "Add");
-}
 
 void Gather(BackendContext& context, const GatherArgs& a) {
   CHECK(a.x.dtype == DType::kF32 && a.out.dtype == DType::kF32);

@@ -1,3 +1,7 @@
+// RmsNorm and AddRmsNorm: a block takes a row. Held rows stay in registers from the one time that
+// they are read, weights on their way before the first sum; other rows are read again.
+#include <algorithm>
+
 #include "kernels/cuda/check_cuda.h"
 #include "kernels/cuda/numbers.cuh"
 #include "kernels/cuda/ops_cuda.h"
@@ -5,71 +9,156 @@
 namespace longspan::cuda {
 namespace {
 
-constexpr int kWarpsOfHeads = 4;  // heads are short: a warp each
-constexpr int kLongHead = 512;    // longer ones take a block each
-constexpr int kThreads = 256;
+constexpr int kMaxThreads = 1024;
+constexpr int kStreamThreads = 256;
 
-struct Layout {
-  const float* x;
-  float* out;
-  const float* weight;
-  int64_t x_row, x_group, out_row, out_group;
-  int64_t count;  // rows * groups
-  int groups, dim;
+// AddRmsNormArgs as kernels take them; RmsNorm is the form without x.
+struct Rows {
+  const float* x;         // nullptr: nothing is added, residual only read
+  const float* x_weight;  // nullptr: x is added as it is
+  float* residual;
+  const float* weight;  // nullptr: out is not written
+  float* out;           // may be residual
+  int64_t x_row, residual_row, out_row;
+  int dim;
   float eps;
 };
 
-// x and out may be the same memory: a thread reads the elements that it writes.
-template <int kWarps>
-__global__ void Norm(Layout a) {
-  const int warps_per_block = blockDim.x / kWarp;
-  const int64_t index = kWarps == 1 ? blockIdx.x * int64_t{warps_per_block} + threadIdx.x / kWarp
-                                    : int64_t{blockIdx.x};
-  if (index >= a.count) return;
-  const int64_t row = index / a.groups, group = index % a.groups;
-  const float* x = a.x + row * a.x_row + group * a.x_group;
-  float* out = a.out + row * a.out_row + group * a.out_group;
-  const int first = kWarps == 1 ? threadIdx.x % kWarp : threadIdx.x;
-  constexpr int kStep = kWarps * kWarp;
-  float squares = 0;
-  for (int d = first; d < a.dim; d += kStep) squares += x[d] * x[d];
-  squares = WarpSum(squares);
-  if constexpr (kWarps > 1) {
-    __shared__ float parts[kWarps];
-    if (threadIdx.x % kWarp == 0) parts[threadIdx.x / kWarp] = squares;
-    __syncthreads();
-    squares = 0;
-    for (int w = 0; w < kWarps; ++w) squares += parts[w];
+// The sum of all threads' values. `parts` holds a number for each warp and serves one call.
+__device__ __forceinline__ float BlockSum(float value, float* parts) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  value = WarpSum(value);
+  if (lane == 0) parts[warp] = value;
+  __syncthreads();
+  return WarpSum(lane < blockDim.x / kWarp ? parts[lane] : 0.0f);
+}
+
+__device__ __forceinline__ float Scale(const Rows& a, float squares) {
+  return 1.0f / sqrtf(squares / static_cast<float>(a.dim) + a.eps);
+}
+
+// A row's vectors i, i + threads, …: zero beyond its end, and of no row.
+template <int kVectors>
+struct Held {
+  Floats<4> at[kVectors];
+
+  __device__ __forceinline__ Held(const float* row, int vectors) {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const int i = threadIdx.x + v * blockDim.x;
+      at[v] =
+          row != nullptr && i < vectors ? reinterpret_cast<const Floats<4>*>(row)[i] : Floats<4>{};
+    }
   }
-  const float scale = 1.0f / sqrtf(squares / static_cast<float>(a.dim) + a.eps);
-  for (int d = first; d < a.dim; d += kStep) out[d] = x[d] * scale * a.weight[d];
+  __device__ __forceinline__ void Store(float* row, int vectors) const {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const int i = threadIdx.x + v * blockDim.x;
+      if (i < vectors) reinterpret_cast<Floats<4>*>(row)[i] = at[v];
+    }
+  }
+  __device__ __forceinline__ float Squares() const {
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < 4 * kVectors; ++i) sum += at[i / 4].at[i % 4] * at[i / 4].at[i % 4];
+    return sum;
+  }
+  __device__ __forceinline__ void Multiply(float scale, const Held& weight) {
+#pragma unroll
+    for (int i = 0; i < 4 * kVectors; ++i)
+      at[i / 4].at[i % 4] *= scale * weight.at[i / 4].at[i % 4];
+  }
+  __device__ __forceinline__ void Add(const Held& x) {
+#pragma unroll
+    for (int i = 0; i < 4 * kVectors; ++i) at[i / 4].at[i % 4] += x.at[i / 4].at[i % 4];
+  }
+};
+
+template <int kVectors>
+__global__ void __launch_bounds__(kMaxThreads) NormHeld(const Rows a) {
+  __shared__ float parts[2][kMaxThreads / kWarp];
+  const int vectors = a.dim / 4;
+  float* residual = a.residual + blockIdx.x * a.residual_row;
+  Held<kVectors> x(a.x != nullptr ? a.x + blockIdx.x * a.x_row : nullptr, vectors);
+  Held<kVectors> sum(residual, vectors);
+  const Held<kVectors> x_weight(a.x_weight, vectors), weight(a.weight, vectors);
+  if (a.x != nullptr) {
+    if (a.x_weight != nullptr) x.Multiply(Scale(a, BlockSum(x.Squares(), parts[0])), x_weight);
+    sum.Add(x);
+    sum.Store(residual, vectors);
+  }
+  if (a.weight == nullptr) return;
+  sum.Multiply(Scale(a, BlockSum(sum.Squares(), parts[1])), weight);
+  sum.Store(a.out + blockIdx.x * a.out_row, vectors);
+}
+
+// Rows of any length and alignment. A thread reads again only what it wrote itself.
+__global__ void NormStreamed(const Rows a) {
+  __shared__ float parts[2][kStreamThreads / kWarp];
+  const float* x = a.x + blockIdx.x * a.x_row;
+  float* residual = a.residual + blockIdx.x * a.residual_row;
+  float* out = a.out + blockIdx.x * a.out_row;
+  float squares = 0, scale = 1;
+  if (a.x_weight != nullptr) {
+    for (int d = threadIdx.x; d < a.dim; d += kStreamThreads) squares += x[d] * x[d];
+    scale = Scale(a, BlockSum(squares, parts[0]));
+  }
+  squares = 0;
+  for (int d = threadIdx.x; d < a.dim; d += kStreamThreads) {
+    float sum = residual[d];
+    if (a.x != nullptr) {
+      sum += a.x_weight != nullptr ? x[d] * scale * a.x_weight[d] : x[d];
+      residual[d] = sum;
+    }
+    squares += sum * sum;
+  }
+  if (a.weight == nullptr) return;
+  scale = Scale(a, BlockSum(squares, parts[1]));
+  for (int d = threadIdx.x; d < a.dim; d += kStreamThreads) {
+    out[d] = residual[d] * scale * a.weight[d];
+  }
+}
+
+template <int kVectors>
+void LaunchHeld(BackendContext& context, const Rows& a, unsigned rows) {
+  const int threads = Blocks(a.dim / 4, kVectors * kWarp) * kWarp;
+  NormHeld<kVectors><<<rows, threads, 0, context.stream>>>(a);
+}
+
+void Launch(BackendContext& context, const AddRmsNormArgs& a, const char* op) {
+  if (a.residual.elements() == 0) return;
+  const Rows rows = {a.x.as<const float>(),
+                     a.x_weight.as<const float>(),
+                     a.residual.as<float>(),
+                     a.weight.as<const float>(),
+                     a.out.as<float>(),
+                     a.x.stride[0],
+                     a.residual.stride[0],
+                     a.out.stride[0],
+                     static_cast<int>(a.residual.shape[1]),
+                     a.eps};
+  const auto count = static_cast<unsigned>(a.residual.shape[0]);
+  const bool fours = WholeFours({&a.x, &a.x_weight, &a.residual, &a.weight, &a.out});
+  if (fours && rows.dim <= 2 * 4 * kMaxThreads) {
+    LaunchHeld<2>(context, rows, count);
+  } else if (fours && rows.dim <= 4 * 4 * kMaxThreads) {
+    LaunchHeld<4>(context, rows, count);
+  } else {
+    NormStreamed<<<count, kStreamThreads, 0, context.stream>>>(rows);
+  }
+  CheckLaunch(context, op);
 }
 
 }  // namespace
 
 void RmsNorm(BackendContext& context, const RmsNormArgs& a) {
-  if (a.x.elements() == 0) return;
-  const bool grouped = a.x.rank == 3;
-  Layout layout;
-  layout.x = a.x.as<float>();
-  layout.out = a.out.as<float>();
-  layout.weight = a.weight.as<float>();
-  layout.x_row = a.x.stride[0];
-  layout.out_row = a.out.stride[0];
-  layout.x_group = grouped ? a.x.stride[1] : 0;
-  layout.out_group = grouped ? a.out.stride[1] : 0;
-  layout.groups = grouped ? static_cast<int>(a.x.shape[1]) : 1;
-  layout.dim = static_cast<int>(grouped ? a.x.shape[2] : a.x.shape[1]);
-  layout.count = a.x.shape[0] * layout.groups;
-  layout.eps = a.eps;
-  if (layout.dim <= kLongHead) {
-    Norm<1>
-        <<<Blocks(layout.count, kWarpsOfHeads), kWarpsOfHeads * kWarp, 0, context.stream>>>(layout);
-  } else {
-    Norm<kThreads / kWarp>
-        <<<static_cast<unsigned>(layout.count), kThreads, 0, context.stream>>>(layout);
-  }
-  CheckLaunch(context, "RmsNorm");
+  Launch(context,
+         {.x = {}, .x_weight = {}, .residual = a.x, .weight = a.weight, .out = a.out, .eps = a.eps},
+         "RmsNorm");
+}
+
+void AddRmsNorm(BackendContext& context, const AddRmsNormArgs& a) {
+  Launch(context, a, "AddRmsNorm");
 }
 
 }  // namespace longspan::cuda

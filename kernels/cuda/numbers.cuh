@@ -5,8 +5,10 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 
 #include "kernels/dtype.h"
+#include "kernels/view.h"
 
 namespace longspan::cuda {
 
@@ -36,6 +38,25 @@ __device__ __forceinline__ float WarpSum(float value) {
     value += __shfl_xor_sync(0xffffffffu, value, offset);
   }
   return value;
+}
+
+// Numbers that a thread reads or writes in one access.
+template <int kCount>
+struct alignas(sizeof(float) * kCount) Floats {
+  float at[kCount];
+};
+
+// Whether rows of all these F32 views may be read as Floats<4>; of empty ones nothing is read.
+inline bool WholeFours(std::initializer_list<const View*> views) {
+  for (const View* view : views) {
+    if (view->empty()) continue;
+    if (reinterpret_cast<uintptr_t>(view->data) % sizeof(Floats<4>) != 0) return false;
+    if (view->shape[view->rank - 1] % 4 != 0) return false;
+    for (int d = 0; d + 1 < view->rank; ++d) {
+      if (view->stride[d] % 4 != 0) return false;
+    }
+  }
+  return true;
 }
 
 inline int Blocks(int64_t items, int per_block) {

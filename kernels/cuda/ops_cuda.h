@@ -9,13 +9,12 @@ struct BackendContext;  // kernels/cuda/context.h
 
 void Embed(BackendContext& context, const EmbedArgs& args);
 void RmsNorm(BackendContext& context, const RmsNormArgs& args);
+void AddRmsNorm(BackendContext& context, const AddRmsNormArgs& args);
 void MatMul(BackendContext& context, const MatMulArgs& args);
-void Rope(BackendContext& context, const RopeArgs& args);
+void PrepareQkv(BackendContext& context, const PrepareQkvArgs& args);
 void Attention(BackendContext& context, const AttentionArgs& args);
 void StoreKv(BackendContext& context, const StoreKvArgs& args);
-void Convert(BackendContext& context, const ConvertArgs& args);
 void GatedActivation(BackendContext& context, const GatedActivationArgs& args);
-void Add(BackendContext& context, const AddArgs& args);
 void Gather(BackendContext& context, const GatherArgs& args);
 void Softcap(BackendContext& context, const SoftcapArgs& args);
 void Sample(BackendContext& context, const SampleArgs& args);

@@ -1,0 +1,212 @@
+// PrepareQkv against its formulas in double precision.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <random>
+#include <vector>
+
+#include "kernels/backend.h"
+#include "kernels/convert.h"
+#include "tests/support/weights.h"
+
+namespace longspan {
+namespace {
+
+using testing::RandomFloats;
+
+struct Shape {
+  int heads = 4, kv_heads = 2, dim = 12, pairs = 4;  // pairs 4 of 6: the last four dims stay
+  bool norm = true, interleaved = false;
+  DType cache = DType::kF32;
+  float magnitude = 1.25f;
+};
+
+// Rows of qkv inside wider rows, keys and values inside wider ones too.
+struct Case {
+  explicit Case(const Shape& s)
+      : shape(s), columns((s.heads + 2 * s.kv_heads) * s.dim), kv_columns(s.kv_heads * s.dim) {
+    std::mt19937 random(s.dim);
+    qkv = RandomFloats(positions.size() * (columns + 8), random);
+    query_norm = RandomFloats(s.dim, random);
+    key_norm = RandomFloats(s.dim, random);
+    for (int i = 0; i < s.pairs; ++i) {
+      frequencies.push_back(std::pow(10000.0f, -static_cast<float>(i) / s.pairs));
+    }
+    before = qkv;
+    key.assign(2 * positions.size() * (kv_columns + 4), 77.0f);
+    value = key;
+  }
+
+  PrepareQkvArgs Args() {
+    const auto kv = [&](std::vector<float>& to) {
+      return View::Matrix(to.data(), shape.cache, positions.size(), kv_columns + 4)
+          .Columns(0, kv_columns)
+          .Heads(shape.kv_heads);
+    };
+    PrepareQkvArgs args;
+    args.qkv =
+        View::Matrix(qkv.data(), DType::kF32, positions.size(), columns + 8).Columns(0, columns);
+    if (shape.norm) {
+      args.query_norm = View::Vector(query_norm.data(), DType::kF32, shape.dim);
+      args.key_norm = View::Vector(key_norm.data(), DType::kF32, shape.dim);
+    }
+    args.positions = View::Vector(positions.data(), DType::kI32, positions.size());
+    if (shape.pairs > 0) {
+      args.frequencies = View::Vector(frequencies.data(), DType::kF32, shape.pairs);
+    }
+    args.key = kv(key);
+    args.value = kv(value);
+    args.interleaved = shape.interleaved;
+    args.magnitude = shape.magnitude;
+    args.eps = 1e-5f;
+    return args;
+  }
+
+  // Head `head` of q | k | v of a row, as the formulas have it.
+  std::vector<double> Want(size_t row, int head) const {
+    const float* x = &before[row * (columns + 8) + head * shape.dim];
+    std::vector<double> out(x, x + shape.dim);
+    if (head >= shape.heads + shape.kv_heads) return out;
+    if (shape.norm) {
+      double squares = 0;
+      for (double v : out) squares += v * v;
+      const auto& weight = head < shape.heads ? query_norm : key_norm;
+      for (int d = 0; d < shape.dim; ++d) {
+        out[d] *= weight[d] / std::sqrt(squares / shape.dim + double{1e-5f});
+      }
+    }
+    for (int i = 0; i < shape.pairs; ++i) {
+      const int first = shape.interleaved ? 2 * i : i;
+      const int second = shape.interleaved ? 2 * i + 1 : i + shape.pairs;
+      // The angle is a float product, as in the reference models.
+      const double angle = static_cast<float>(positions[row]) * frequencies[i];
+      const double a = out[first], b = out[second];
+      out[first] = shape.magnitude * (a * std::cos(angle) - b * std::sin(angle));
+      out[second] = shape.magnitude * (b * std::cos(angle) + a * std::sin(angle));
+    }
+    return out;
+  }
+
+  // What was written for it.
+  float Got(size_t row, int head, int d) const {
+    if (head < shape.heads) return qkv[row * (columns + 8) + head * shape.dim + d];
+    const int kv_head = (head - shape.heads) % shape.kv_heads;
+    const auto& from = head < shape.heads + shape.kv_heads ? key : value;
+    const size_t at = row * (kv_columns + 4) + kv_head * shape.dim + d;
+    if (shape.cache == DType::kF32) return from[at];
+    return FromBf16(reinterpret_cast<const uint16_t*>(from.data())[at]);
+  }
+
+  Shape shape;
+  int columns, kv_columns;
+  std::vector<int32_t> positions = {0, 1, 77, 16383, 131071};
+  std::vector<float> qkv, before, query_norm, key_norm, frequencies, key, value;
+};
+
+class PrepareQkvOnEachSimd : public ::testing::TestWithParam<const char*> {
+ protected:
+  PrepareQkvOnEachSimd() : backend_(Backend::Cpu({.threads = 2, .simd = GetParam()})) {}
+
+  void ExpectEqualsFormula(const Shape& shape) {
+    Case c(shape);
+    backend_->Run(backend_->ops().PrepareQkv, c.Args());
+    // Numbers of order one: fp32 roundings of a norm and a rotation, then the cache's own.
+    const double half = shape.cache == DType::kBF16 ? 0x1p-8 : 0;
+    for (size_t row = 0; row < c.positions.size(); ++row) {
+      for (int head = 0; head < shape.heads + 2 * shape.kv_heads; ++head) {
+        const std::vector<double> want = c.Want(row, head);
+        for (int d = 0; d < shape.dim; ++d) {
+          const double rounding = head < shape.heads ? 0 : half * std::fabs(want[d]);
+          ASSERT_NEAR(c.Got(row, head, d), want[d], 3e-6 + 1.01 * rounding)
+              << "row " << row << " head " << head << " channel " << d;
+        }
+      }
+      for (int i = c.columns; i < c.columns + 8; ++i) {  // someone else's
+        EXPECT_EQ(c.qkv[row * (c.columns + 8) + i], c.before[row * (c.columns + 8) + i]);
+      }
+      for (int i = c.kv_columns; i < c.kv_columns + 4 && shape.cache == DType::kF32; ++i) {
+        EXPECT_EQ(c.key[row * (c.kv_columns + 4) + i], 77.0f);
+        EXPECT_EQ(c.value[row * (c.kv_columns + 4) + i], 77.0f);
+      }
+    }
+  }
+
+  std::unique_ptr<Backend> backend_;
+};
+INSTANTIATE_TEST_SUITE_P(Simd, PrepareQkvOnEachSimd, ::testing::Values("portable", ""));
+
+TEST_P(PrepareQkvOnEachSimd, EqualsItsFormula) {
+  for (DType cache : {DType::kF32, DType::kBF16}) {
+    for (bool norm : {false, true}) {
+      for (int pairs : {0, 1, 4, 6}) {
+        for (bool interleaved : {false, true}) {
+          ExpectEqualsFormula(
+              {.pairs = pairs, .norm = norm, .interleaved = interleaved, .cache = cache});
+        }
+      }
+    }
+  }
+}
+
+TEST_P(PrepareQkvOnEachSimd, EqualsItsFormulaAtEveryHeadSize) {
+  for (int dim : {2, 33, 64, 80, 96, 128, 256}) {
+    SCOPED_TRACE(dim);
+    ExpectEqualsFormula({.heads = 3, .kv_heads = 1, .dim = dim, .pairs = dim / 2});
+    ExpectEqualsFormula({.heads = 3,
+                         .kv_heads = 3,
+                         .dim = dim,
+                         .pairs = dim / 4 + 1,
+                         .interleaved = true,
+                         .cache = DType::kBF16});
+  }
+}
+
+// Without a norm or positions keys and values are roundings: to the bit.
+TEST_P(PrepareQkvOnEachSimd, RoundsKeysAndValuesToNearestEven) {
+  Case c({.dim = 37, .pairs = 0, .norm = false, .cache = DType::kBF16});
+  backend_->Run(backend_->ops().PrepareQkv, c.Args());
+  for (size_t row = 0; row < c.positions.size(); ++row) {
+    for (int head = c.shape.heads; head < c.shape.heads + 2 * c.shape.kv_heads; ++head) {
+      for (int d = 0; d < c.shape.dim; ++d) {
+        const float x = c.before[row * (c.columns + 8) + head * c.shape.dim + d];
+        ASSERT_EQ(c.Got(row, head, d), FromBf16(ToBf16(x)));  // proven in blocks_test.cc
+      }
+    }
+  }
+}
+
+TEST_P(PrepareQkvOnEachSimd, ARowDependsOnNoOther) {
+  Case all({.dim = 40, .pairs = 20}), alone = all;
+  backend_->Run(backend_->ops().PrepareQkv, all.Args());
+  for (size_t row = 0; row < all.positions.size(); ++row) {
+    PrepareQkvArgs args = alone.Args();
+    for (View* view : {&args.qkv, &args.positions, &args.key, &args.value}) {
+      view->data = view->row(row);
+      view->shape[0] = 1;
+    }
+    backend_->Run(backend_->ops().PrepareQkv, args);
+  }
+  EXPECT_EQ(alone.qkv, all.qkv);
+  EXPECT_EQ(alone.key, all.key);
+  EXPECT_EQ(alone.value, all.value);
+}
+
+TEST(PrepareQkvDeathTest, RefusesOtherCacheTypes) {
+  const auto backend = Backend::Cpu({.threads = 1});
+  Case c({.cache = DType::kF16});
+  EXPECT_DEATH(backend->Run(backend->ops().PrepareQkv, c.Args()), "F16");
+}
+
+TEST(Cost, OfPrepareQkvCountsWhatIsTouched) {
+  Case c({.heads = 4, .kv_heads = 2, .dim = 12, .pairs = 4, .norm = true, .cache = DType::kBF16});
+  const int64_t rows = c.positions.size(), q = rows * 4 * 12, k = rows * 2 * 12;
+  PrepareQkvArgs args = c.Args();
+  EXPECT_EQ(Cost(args).bytes, 4 * (2 * q + 2 * k) + 2 * 2 * k + 4 * (2 * 12 + rows + 4));
+  EXPECT_EQ(Cost(args).flops, 4 * (q + k) + 6 * rows * 6 * 4 + 2 * k);
+  args.query_norm = args.key_norm = args.frequencies = View();
+  EXPECT_EQ(Cost(args).bytes, 4 * 2 * k + 2 * 2 * k);
+  EXPECT_EQ(Cost(args).flops, 2 * k);
+}
+
+}  // namespace
+}  // namespace longspan
