@@ -1,0 +1,387 @@
+// The ops around the matrix products on the GPU: each against its CPU twin, on shapes of models and
+// on odd ones.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "kernels/backend.h"
+#include "kernels/convert.h"
+
+namespace longspan {
+namespace {
+
+constexpr float kEps = 1e-5f;
+// Sums of `terms` squares, in eight lanes on the CPU and in another order here, whose roundings are
+// random in sign; then up to ten roundings of numbers that are below 8.
+double Tolerance(int terms) { return 8 * (10 + std::sqrt(terms / 8.0)) * 0x1p-24; }
+
+std::vector<float> Normal(size_t count, uint32_t seed) {
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal;
+  std::vector<float> values(count);
+  for (float& x : values) x = normal(random);
+  return values;
+}
+
+std::vector<float> Weights(size_t count, uint32_t seed) {
+  std::vector<float> values = Normal(count, seed);
+  for (float& x : values) x = 1 + std::tanh(x) / 2;
+  return values;
+}
+
+// Vectors that an op works on, where its backend can reach them; ops change them by Home().
+class Travel {
+ public:
+  explicit Travel(Backend& backend) : backend_(backend) {}
+
+  template <class T>
+  T* operator()(std::vector<T>& values) {
+    if (backend_.host_memory()) return values.data();
+    const size_t bytes = values.size() * sizeof(T);
+    Buffer& there = buffers_.emplace_back(backend_.Allocate(bytes));
+    backend_.CopyIn(there.data(), values.data(), bytes);
+    homes_.push_back(values.data());
+    return reinterpret_cast<T*>(there.data());
+  }
+  void Home() {
+    for (size_t i = 0; i < homes_.size(); ++i) {
+      backend_.CopyOut(homes_[i], buffers_[i].data(), buffers_[i].bytes());
+    }
+    ASSERT_EQ(backend_.Fault(), "");
+  }
+
+ private:
+  Backend& backend_;
+  std::vector<Buffer> buffers_;
+  std::vector<void*> homes_;
+};
+
+void ExpectNear(const std::vector<float>& got, const std::vector<float>& want, double absolute,
+                double relative = 0) {
+  ASSERT_EQ(got.size(), want.size());
+  for (size_t i = 0; i < got.size(); ++i) {
+    ASSERT_NEAR(got[i], want[i], absolute + relative * std::fabs(want[i])) << "element " << i;
+  }
+}
+
+class CudaFused : public ::testing::Test {
+ protected:
+  static void SetUpTestSuite() {
+    std::string why;
+    gpu_ = Backend::Cuda(0, &why).release();
+    CHECK(gpu_ != nullptr) << why;
+    cpu_ = Backend::Cpu({}).release();
+  }
+  static void TearDownTestSuite() {
+    delete gpu_;
+    delete cpu_;
+  }
+  static Backend *gpu_, *cpu_;
+};
+Backend* CudaFused::gpu_ = nullptr;
+Backend* CudaFused::cpu_ = nullptr;
+
+// Rows of `dim` numbers, `gap` apart from the next.
+struct NormCase {
+  NormCase(int rows, int dim, int gap, bool post_norm, bool next_norm)
+      : rows(rows), dim(dim), gap(gap), post_norm(post_norm), next_norm(next_norm) {
+    const size_t size = static_cast<size_t>(rows) * (dim + gap);
+    x = Normal(size, 1);
+    residual = Normal(size, 2);
+    for (int d = 0; d < dim; ++d) x[d] *= 1e-3f, residual[d] *= 1e-3f;  // eps counts in row 0
+    out.assign(size, 77.0f);
+    x_weight = Weights(dim, 3);
+    weight = Weights(dim, 4);
+  }
+
+  void Run(Backend& backend, int first, int count) {
+    Travel there(backend);
+    const auto rows_of = [&](std::vector<float>& v) {
+      View view = View::Matrix(there(v), DType::kF32, rows, dim + gap).Columns(0, dim);
+      view.data = view.row(first);
+      return view.Rows(count);
+    };
+    const auto vector = [&](std::vector<float>& v, bool given) {
+      return given ? View::Vector(there(v), DType::kF32, dim) : View();
+    };
+    AddRmsNormArgs args;
+    args.x = rows_of(x);
+    args.x_weight = vector(x_weight, post_norm);
+    args.residual = rows_of(residual);
+    args.weight = vector(weight, next_norm);
+    args.out = rows_of(out);
+    args.eps = kEps;
+    backend.Run(backend.ops().AddRmsNorm, args);
+    there.Home();
+  }
+
+  int rows, dim, gap;
+  bool post_norm, next_norm;
+  std::vector<float> x, residual, out, x_weight, weight;
+};
+
+TEST_F(CudaFused, AddRmsNormEqualsTheCpus) {
+  // Held in registers in two forms, and streamed: too long, or of no whole vectors.
+  for (int dim : {4, 128, 384, 640, 2560, 5376, 8192, 8196, 16384, 16388, 1, 37, 2561}) {
+    for (int rows : {1, 7, 64}) {
+      for (int gap : {0, 4, 1}) {
+        SCOPED_TRACE(std::to_string(dim) + " of " + std::to_string(rows) + " rows, gap " +
+                     std::to_string(gap));
+        for (int norms = 0; norms < 4; ++norms) {
+          NormCase want(rows, dim, gap, norms % 2 == 1, norms >= 2), got = want;
+          want.Run(*cpu_, 0, rows);
+          got.Run(*gpu_, 0, rows);
+          ExpectNear(got.residual, want.residual, Tolerance(dim));
+          ExpectNear(got.out, want.out, Tolerance(dim));
+          EXPECT_EQ(got.x, want.x);
+        }
+      }
+    }
+  }
+}
+
+TEST_F(CudaFused, ARowOfAddRmsNormDependsOnNoOther) {
+  for (int dim : {640, 2560, 12000, 1001}) {
+    NormCase all(64, dim, 0, true, true), alone = all;
+    all.Run(*gpu_, 0, 64);
+    for (int row : {0, 1, 33, 63}) {
+      alone.Run(*gpu_, row, 1);
+      for (int i = row * dim; i < (row + 1) * dim; ++i) {
+        ASSERT_EQ(alone.residual[i], all.residual[i]) << dim;
+        ASSERT_EQ(alone.out[i], all.out[i]) << dim;
+      }
+    }
+  }
+}
+
+TEST_F(CudaFused, RmsNormEqualsTheCpusInPlaceToo) {
+  for (int dim : {384, 2560, 5376, 9000, 20000, 37}) {
+    for (bool in_place : {false, true}) {
+      const auto run = [&](Backend& backend) {
+        std::vector<float> x = Normal(3 * dim, 5), weight = Weights(dim, 6), out(x.size());
+        Travel there(backend);
+        const View from = View::Matrix(there(x), DType::kF32, 3, dim);
+        const View to = in_place ? from : View::Matrix(there(out), DType::kF32, 3, dim);
+        backend.Run(backend.ops().RmsNorm,
+                    {from, View::Vector(there(weight), DType::kF32, dim), to, kEps});
+        there.Home();
+        return in_place ? x : out;
+      };
+      SCOPED_TRACE(dim);
+      ExpectNear(run(*gpu_), run(*cpu_), Tolerance(dim));
+    }
+  }
+}
+
+struct QkvShape {
+  int heads, kv_heads, dim, pairs;
+  bool norm = true, interleaved = false;
+  DType cache = DType::kBF16;
+  float magnitude = 1;
+  int gap = 0;  // between rows
+};
+
+struct QkvCase {
+  QkvCase(const QkvShape& s, int rows) : shape(s), rows(rows) {
+    qkv = Normal(static_cast<size_t>(rows) * (Columns() + s.gap), s.dim);
+    query_norm = Weights(s.dim, 1);
+    key_norm = Weights(s.dim, 2);
+    for (int i = 0; i < s.pairs; ++i) {
+      frequencies.push_back(std::pow(1e4f, -static_cast<float>(i) / s.pairs));
+    }
+    for (int i = 0; i < rows; ++i) positions.push_back(i % 5 == 4 ? 131071 - i : 37 * i);
+    key.assign(static_cast<size_t>(rows) * (KvColumns() + s.gap), 77.0f);
+    value = key;
+    half_key.assign(key.size(), 77);
+    half_value = half_key;
+  }
+  int Columns() const { return (shape.heads + 2 * shape.kv_heads) * shape.dim; }
+  int KvColumns() const { return shape.kv_heads * shape.dim; }
+
+  void Run(Backend& backend, int first, int count) {
+    Travel there(backend);
+    const auto rows_of = [&](void* data, DType dtype, int columns) {
+      View view = View::Matrix(data, dtype, rows, columns + shape.gap).Columns(0, columns);
+      view.data = view.row(first);
+      return view.Rows(count);
+    };
+    const bool half = shape.cache == DType::kBF16;
+    const auto kv = [&](std::vector<float>& single, std::vector<uint16_t>& brain) {
+      void* data = half ? static_cast<void*>(there(brain)) : there(single);
+      return rows_of(data, shape.cache, KvColumns()).Heads(shape.kv_heads);
+    };
+    PrepareQkvArgs args;
+    args.qkv = rows_of(there(qkv), DType::kF32, Columns());
+    if (shape.norm) {
+      args.query_norm = View::Vector(there(query_norm), DType::kF32, shape.dim);
+      args.key_norm = View::Vector(there(key_norm), DType::kF32, shape.dim);
+    }
+    args.positions = View::Vector(there(positions) + first, DType::kI32, count);
+    if (shape.pairs > 0) {
+      args.frequencies = View::Vector(there(frequencies), DType::kF32, shape.pairs);
+    }
+    args.key = kv(key, half_key);
+    args.value = kv(value, half_value);
+    args.interleaved = shape.interleaved;
+    args.magnitude = shape.magnitude;
+    args.eps = kEps;
+    backend.Run(backend.ops().PrepareQkv, args);
+    there.Home();
+    if (half) {
+      for (size_t i = 0; i < key.size(); ++i) key[i] = FromBf16(half_key[i]);
+      for (size_t i = 0; i < value.size(); ++i) value[i] = FromBf16(half_value[i]);
+    }
+  }
+
+  // qkv without its keys, which are lost.
+  std::vector<float> Queries() const {
+    std::vector<float> queries = qkv;
+    for (int row = 0; row < rows; ++row) {
+      const auto keys = queries.begin() + row * (Columns() + shape.gap) + shape.heads * shape.dim;
+      std::fill(keys, keys + KvColumns(), 0.0f);
+    }
+    return queries;
+  }
+
+  QkvShape shape;
+  int rows;
+  std::vector<float> qkv, query_norm, key_norm, frequencies, key, value;
+  std::vector<uint16_t> half_key, half_value;
+  std::vector<int32_t> positions;
+};
+
+// Models: Gemma 3 of 270M and 27B, Qwen3 of 8B, Phi 3; then partial and odd heads, without norms or
+// positions, and gaps.
+const QkvShape kQkvShapes[] = {
+    {4, 1, 256, 128},
+    {32, 16, 128, 64},
+    {32, 8, 128, 64},
+    {32, 32, 96, 48, false},
+    {8, 2, 64, 32, true, true},
+    {6, 2, 80, 20, true, false, DType::kF32, 1.25f, 4},
+    {3, 3, 33, 16, true, true, DType::kBF16, 0.5f, 3},
+    {5, 1, 2, 1, true, false, DType::kF32, 1, 1},
+    {3, 1, 200, 7, false, true, DType::kF32},
+    {4, 2, 96, 0, true},
+    {4, 2, 128, 0, false},
+    {1, 1, 1, 0, false, false, DType::kF32},
+};
+
+TEST_F(CudaFused, PrepareQkvEqualsTheCpus) {
+  for (const QkvShape& shape : kQkvShapes) {
+    for (int rows : {1, 5, 64}) {
+      SCOPED_TRACE("heads " + std::to_string(shape.heads) + " of " + std::to_string(shape.dim) +
+                   ", rows " + std::to_string(rows));
+      QkvCase want(shape, rows), got = want;
+      want.Run(*cpu_, 0, rows);
+      got.Run(*gpu_, 0, rows);
+      const double tolerance = Tolerance(shape.dim) * shape.magnitude;
+      ExpectNear(got.Queries(), want.Queries(), tolerance);
+      // Where the CPU's key lies half way between two of the cache's, this one may be the other.
+      ExpectNear(got.key, want.key, tolerance, shape.cache == DType::kBF16 ? 0x1p-7 : 0);
+      EXPECT_EQ(got.value, want.value);
+    }
+  }
+}
+
+TEST_F(CudaFused, ARowOfPrepareQkvDependsOnNoOther) {
+  for (const QkvShape& shape : kQkvShapes) {
+    QkvCase all(shape, 64), alone = all;
+    all.Run(*gpu_, 0, 64);
+    for (int row = 0; row < 64; ++row) alone.Run(*gpu_, row, 1);
+    EXPECT_EQ(alone.key, all.key);
+    EXPECT_EQ(alone.value, all.value);
+    EXPECT_EQ(alone.Queries(), all.Queries());
+  }
+}
+
+TEST_F(CudaFused, GatedActivationEqualsTheCpus) {
+  for (int dim : {960, 2048, 10240, 21504, 1, 37, 4}) {
+    for (int rows : {1, 5, 64}) {
+      for (Activation activation : {Activation::kSilu, Activation::kGeluTanh}) {
+        const auto run = [&](Backend& backend) {
+          std::vector<float> x = Normal(static_cast<size_t>(rows) * 2 * dim, 7);
+          for (float& v : x) v *= 4;
+          x[0] = 200, x[2 * dim - 1] = -200;  // far beyond where exp overflows
+          std::vector<float> out(static_cast<size_t>(rows) * dim);
+          Travel there(backend);
+          backend.Run(backend.ops().GatedActivation,
+                      {View::Matrix(there(x), DType::kF32, rows, 2 * dim),
+                       View::Matrix(there(out), DType::kF32, rows, dim), activation});
+          there.Home();
+          return out;
+        };
+        SCOPED_TRACE(dim);
+        // Either is within 3e-6 of the formula, see elementwise_test.cc.
+        ExpectNear(run(*gpu_), run(*cpu_), 4e-6, 6e-6);
+      }
+    }
+  }
+}
+
+// Sequences of `counts` rows each, at scattered positions of scattered pages.
+std::vector<uint8_t> Stored(Backend& backend, const std::vector<int>& counts, DType dtype,
+                            int kv_heads, int dim, int window) {
+  constexpr int kPageTokens = 16, kSlots = 5;
+  const int sequences = static_cast<int>(counts.size());
+  std::vector<int32_t> row_begin = {0}, start, table;
+  for (int s = 0; s < sequences; ++s) {
+    row_begin.push_back(row_begin.back() + counts[s]);
+    start.push_back(7 * s % 40);
+  }
+  const int rows = row_begin.back(), columns = kv_heads * dim;
+  const int64_t kv_bytes = BytesOf(dtype, int64_t{kv_heads} * kPageTokens * dim);
+  const int64_t page_bytes = (2 * kv_bytes + kPageUnitBytes - 1) / kPageUnitBytes * kPageUnitBytes;
+  const int pages = sequences * kSlots;
+  for (int i = 0; i < pages; ++i) {
+    table.push_back(static_cast<int32_t>((pages - 1 - i) * page_bytes / kPageUnitBytes));
+  }
+  std::vector<uint8_t> arena(pages * page_bytes, 0xff),
+      key(BytesOf(dtype, int64_t{rows} * columns));
+  std::mt19937 random(dim);
+  for (uint8_t& byte : key) byte = static_cast<uint8_t>(random());
+  std::vector<uint8_t> value(key.rbegin(), key.rend());
+
+  Travel there(backend);
+  StoreKvArgs args;
+  args.key = View::Matrix(there(key), dtype, rows, columns).Heads(kv_heads);
+  args.value = View::Matrix(there(value), dtype, rows, columns).Heads(kv_heads);
+  args.cache.arena = reinterpret_cast<std::byte*>(there(arena));
+  args.cache.value_offset = kv_bytes;
+  args.cache.dtype = dtype;
+  args.cache.page_tokens = kPageTokens;
+  args.cache.kv_heads = kv_heads;
+  args.cache.head_dim = dim;
+  args.cache.table = there(table);
+  args.cache.table_stride = args.cache.slots = kSlots;
+  args.batch = {sequences, rows, there(row_begin), there(start), row_begin.data(), start.data()};
+  args.window = window;
+  backend.Run(backend.ops().StoreKv, args);
+  there.Home();
+  return arena;
+}
+
+TEST_F(CudaFused, StoreKvEqualsTheCpus) {
+  std::vector<int> many(200, 1);  // more than a block has threads
+  for (size_t s = 0; s < many.size(); s += 7) many[s] = static_cast<int>(s % 4);
+  for (const std::vector<int>& counts :
+       {std::vector<int>{1}, std::vector<int>(64, 1), many, std::vector<int>{0, 40, 0, 0, 3, 1}}) {
+    for (DType dtype : {DType::kBF16, DType::kF32}) {
+      for (int dim : {1, 33, 64, 80, 96, 128, 250, 256}) {
+        for (int window : {0, 17}) {
+          EXPECT_EQ(Stored(*gpu_, counts, dtype, 2, dim, window),
+                    Stored(*cpu_, counts, dtype, 2, dim, window))
+              << counts.size() << " sequences, heads of " << dim << ", window " << window;
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace longspan
