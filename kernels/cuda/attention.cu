@@ -4,8 +4,8 @@
 //
 // A row's keys are cut into splits by the row's own length alone, so that its result depends
 // neither on its neighbours nor on the chunk it arrived in. A block makes one split's partial
-// result, a second kernel merges a row's splits in order, and a third looks at observed rows again
-// with the softmax's total known.
+// result (attention_splits.cu where keys are bf16), a second kernel merges a row's splits in order,
+// and a third looks at observed rows again with the softmax's total known.
 #include <algorithm>
 
 #include "kernels/cuda/attention.cuh"
@@ -15,43 +15,9 @@
 namespace longspan::cuda {
 namespace {
 
-constexpr int kSplitKeys = 256;  // a row with fewer keys is not split
-constexpr int kMaxSplits = 32;
 constexpr int kWarps = 4;  // of a partial block; they take its keys in turn
 constexpr int kKeys = 4;   // of a warp at a time: loads in flight before the first is used
 constexpr int kSpanWarps = 8;
-
-// The rows that one launch takes, and where their partial results go.
-struct Piece : Problem {
-  int first_row;
-  float* partial;  // [rows of the launch, heads, kMaxSplits, dim + 2]: sums, then maximum and total
-};
-
-// What one row sees.
-struct Row {
-  int sequence, start, flight;  // flight: the step's row that holds position `start`
-  int position, first, splits, chunk;
-
-  __device__ Row(const Problem& p, int row) {
-    int s = 0, end = p.batch.sequences;
-    while (end - s > 1) {
-      const int middle = (s + end) / 2;
-      if (p.batch.row_begin[middle] <= row) {
-        s = middle;
-      } else {
-        end = middle;
-      }
-    }
-    sequence = s;
-    start = p.batch.start[s];
-    flight = p.batch.row_begin[s];
-    position = start + row - flight;
-    first = p.window > 0 ? max(0, position - p.window + 1) : 0;
-    const int keys = position - first + 1;
-    splits = min((keys + kSplitKeys - 1) / kSplitKeys, kMaxSplits);
-    chunk = (keys + splits - 1) / splits;
-  }
-};
 
 template <class T>
 __device__ __forceinline__ const T* At(const Problem& p, const Row& row, int kv_head, int j,
@@ -287,9 +253,11 @@ template <class T, int kPer>
 void Launch(BackendContext& context, const Piece& p, int rows, int kv_heads) {
   const auto Run = [&](auto kernel, int heads) {
     const int groups = (p.group + heads - 1) / heads;
-    kernel<<<dim3(rows, kv_heads * groups, kMaxSplits), kWarps * kWarp, 0, context.stream>>>(p);
+    kernel<<<dim3(rows, kv_heads * groups, MostSplits(p)), kWarps * kWarp, 0, context.stream>>>(p);
   };
-  if (p.group == 1) {
+  if (SplitsInVectors(p)) {
+    AttendSplits(context, p, rows, kv_heads);
+  } else if (p.group == 1) {
     Run(Partial<T, kPer, 1>, 1);
   } else if (p.group <= 2) {
     Run(Partial<T, kPer, 2>, 2);

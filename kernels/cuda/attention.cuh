@@ -1,6 +1,7 @@
 #pragma once
 // What the two forms of Attention share: split rows (attention.cu), for steps of few rows of a
 // sequence, and tiles (attention_tiles.cu), for many.
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -46,6 +47,54 @@ __device__ __forceinline__ const T* At(const Problem& p, int sequence, int start
 __device__ __forceinline__ float Cap(float score, float softcap) {
   return softcap > 0 ? softcap * tanhf(score / softcap) : score;
 }
+
+constexpr int kSplitKeys = 64;  // a row with fewer keys is not split
+constexpr int kMaxSplits = 64;
+
+// The rows that one launch takes, and where their partial results go.
+struct Piece : Problem {
+  int first_row;
+  float* partial;  // [rows of the launch, heads, kMaxSplits, dim + 2]: sums, then maximum and total
+};
+
+// What one row sees.
+struct Row {
+  int sequence, start, flight;  // flight: the step's row that holds position `start`
+  int position, first, splits, chunk;
+
+  __device__ Row(const Problem& p, int row) {
+    // In a step that decodes, row i is sequence i's.
+    int s = min(row, p.batch.sequences - 1), end = s + 1;
+    if (p.batch.row_begin[s] > row || p.batch.row_begin[end] <= row) s = 0, end = p.batch.sequences;
+    while (end - s > 1) {
+      const int middle = (s + end) / 2;
+      if (p.batch.row_begin[middle] <= row) {
+        s = middle;
+      } else {
+        end = middle;
+      }
+    }
+    sequence = s;
+    start = p.batch.start[s];
+    flight = p.batch.row_begin[s];
+    position = start + row - flight;
+    first = p.window > 0 ? max(0, position - p.window + 1) : 0;
+    const int keys = position - first + 1;
+    splits = min((keys + kSplitKeys - 1) / kSplitKeys, kMaxSplits);
+    chunk = (keys + splits - 1) / splits;
+  }
+};
+
+// Of any row, whatever its length: what a cache layer can hold bounds it.
+inline int MostSplits(const Problem& p) {
+  const int64_t cached = int64_t{p.cache.slots} * p.cache.page_tokens;
+  const int64_t seen = p.window > 0 ? p.window : cached + p.batch.rows;
+  return static_cast<int>(std::min<int64_t>((seen + kSplitKeys - 1) / kSplitKeys, kMaxSplits));
+}
+
+// Partial results of `rows` rows from bf16 keys and values in whole vectors.
+bool SplitsInVectors(const Problem& problem);
+void AttendSplits(BackendContext& context, const Piece& piece, int rows, int kv_heads);
 
 // A sequence with this many rows in a step is attended in tiles if AttendsInTiles, else row by row.
 constexpr int kTileRows = 16;
