@@ -88,6 +88,23 @@ struct Model::Workspace {
 
 namespace {
 
+constexpr int64_t kMatrixAlignment = 256;
+
+int64_t Aligned(size_t bytes) {
+  return (static_cast<int64_t>(bytes) + kMatrixAlignment - 1) / kMatrixAlignment * kMatrixAlignment;
+}
+
+// Of all matrices one after another. Their slots' order keeps those of one product (q, k and v;
+// gate and up) side by side, where a device can take them for one.
+int64_t MatrixBytes(const std::vector<Slot>& slots, const Checkpoint& checkpoint) {
+  int64_t bytes = 0;
+  for (const Slot& slot : slots) {
+    const TensorInfo* tensor = checkpoint.Find(slot.tensor);
+    if (tensor != nullptr && slot.shape.size() > 1) bytes += Aligned(tensor->data.size());
+  }
+  return bytes;
+}
+
 // A device with memory of its own must hold all weights; ResourceExhausted has both numbers.
 absl::Status CheckMemory(const Checkpoint& checkpoint, const Backend& backend) {
   if (backend.host_memory()) return absl::OkStatus();
@@ -134,7 +151,14 @@ absl::StatusOr<std::unique_ptr<Model>> Model::Load(std::shared_ptr<const Checkpo
 
 absl::Status Model::BindWeights() {
   layers_.resize(spec_.layers.size());
-  for (const Slot& slot : SlotsOf(spec_, checkpoint_->format())) {
+  const std::vector<Slot> slots = SlotsOf(spec_, checkpoint_->format());
+  std::byte* matrices = nullptr;
+  if (!backend_.host_memory()) {
+    const int64_t bytes = MatrixBytes(slots, *checkpoint_);
+    matrices = owned_.emplace_back(backend_.Allocate(bytes)).data();
+    if (matrices == nullptr) return absl::OkStatus();  // Load tells
+  }
+  for (const Slot& slot : slots) {
     const TensorInfo* tensor = checkpoint_->Find(slot.tensor);
     if (tensor == nullptr) {
       return absl::InvalidArgumentError(
@@ -164,9 +188,8 @@ absl::Status Model::BindWeights() {
     } else {
       void* data = const_cast<std::byte*>(tensor->data.data());
       if (!backend_.host_memory()) {
-        Buffer& buffer = owned_.emplace_back(backend_.Allocate(tensor->data.size()));
-        backend_.CopyIn(buffer.data(), data, tensor->data.size());
-        data = buffer.data();
+        backend_.CopyIn(matrices, data, tensor->data.size());
+        data = std::exchange(matrices, matrices + Aligned(tensor->data.size()));
       }
       view = View::Matrix(data, tensor->dtype, slot.shape[0], slot.shape[1]);
     }

@@ -20,6 +20,25 @@ bool Aligned(const Product& p) {
          (p.weight.dtype != DType::kF32 || rows_of_16(p.x));
 }
 
+// Parts of one type whose rows follow each other in memory are one weight. Returns how many are
+// left, in `parts`.
+int Joined(const MatMulArgs& a, View (&parts)[3]) {
+  int count = 0;
+  for (int i = 0; i < a.part_count; ++i) {
+    const View& part = a.parts[i];
+    View* last = count > 0 ? &parts[count - 1] : nullptr;
+    const bool follows = last != nullptr && part.dtype == last->dtype &&
+                         part.stride[0] == last->stride[0] &&
+                         part.data == last->row(last->shape[0]);
+    if (follows) {
+      last->shape[0] += part.shape[0];
+    } else {
+      parts[count++] = part;
+    }
+  }
+  return count;
+}
+
 }  // namespace
 
 void MatMul(BackendContext& context, const MatMulArgs& a) {
@@ -29,8 +48,10 @@ void MatMul(BackendContext& context, const MatMulArgs& a) {
   if (rows == 0) return;
   QuantisedRows quantised{};
   int64_t column = 0;
-  for (int i = 0; i < a.part_count; ++i) {
-    Product p{a.x, a.parts[i], a.out.Columns(column, a.parts[i].shape[0])};
+  View parts[3];
+  const int part_count = Joined(a, parts);
+  for (int i = 0; i < part_count; ++i) {
+    Product p{a.x, parts[i], a.out.Columns(column, parts[i].shape[0])};
     CHECK_EQ(p.weight.shape[1], in);
     column += p.columns();
     if (IsQuantised(p.weight.dtype)) {
