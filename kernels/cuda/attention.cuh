@@ -63,9 +63,12 @@ struct Row {
   int position, first, splits, chunk;
 
   __device__ Row(const Problem& p, int row) {
-    // In a step that decodes, row i is sequence i's.
+    // In a step that decodes, row i is sequence i's: its numbers are read at once, not in turn.
     int s = min(row, p.batch.sequences - 1), end = s + 1;
-    if (p.batch.row_begin[s] > row || p.batch.row_begin[end] <= row) s = 0, end = p.batch.sequences;
+    start = p.batch.start[s];
+    flight = p.batch.row_begin[s];
+    const bool guessed = flight <= row && p.batch.row_begin[end] > row;
+    if (!guessed) s = 0, end = p.batch.sequences;
     while (end - s > 1) {
       const int middle = (s + end) / 2;
       if (p.batch.row_begin[middle] <= row) {
@@ -75,8 +78,10 @@ struct Row {
       }
     }
     sequence = s;
-    start = p.batch.start[s];
-    flight = p.batch.row_begin[s];
+    if (!guessed) {
+      start = p.batch.start[s];
+      flight = p.batch.row_begin[s];
+    }
     position = start + row - flight;
     first = p.window > 0 ? max(0, position - p.window + 1) : 0;
     const int keys = position - first + 1;

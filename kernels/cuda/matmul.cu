@@ -65,6 +65,8 @@ void MatMul(BackendContext& context, const MatMulArgs& a) {
         QuantiseRows(context, a.x, quantised);
       }
       MultiplyBlocks(context, p, quantised);
+    } else if (IsSkinny(p)) {
+      MultiplySkinny(context, p);
     } else if (rows <= kFewFloatRows || !Aligned(p)) {
       MultiplyFloats(context, p);
     } else {

@@ -27,6 +27,11 @@ struct QuantisedRows {
   }
 };
 
+// Two to kSkinnyRows rows of bf16 weights in whole vectors: each weight is read once. A row's result
+// does not depend on how many rows there are.
+constexpr int64_t kSkinnyRows = 8;
+bool IsSkinny(const Product& product);
+void MultiplySkinny(BackendContext& context, const Product& product);
 // Few rows: each weight is read once, by vector loads, and multiplied in fp32.
 void MultiplyFloats(BackendContext& context, const Product& product);
 // Few rows of block weights, straight from the blocks.

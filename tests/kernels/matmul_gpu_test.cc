@@ -1,0 +1,144 @@
+// The GPU's products against the CPU's, over all weight types, rows on both sides of every choice
+// of kernel, and sizes that fill no tile.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "kernels/backend.h"
+#include "tests/support/weights.h"
+
+namespace longspan {
+namespace {
+
+using testing::DecodeRow;
+using testing::kWeightTypes;
+using testing::RandomFloats;
+using testing::RandomWeights;
+using testing::Weights;
+
+class CudaMatMul : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    std::string why;
+    gpu_ = Backend::Cuda(0, &why);
+    if (gpu_ == nullptr) GTEST_SKIP() << why;
+    cpu_ = Backend::Cpu({.threads = 8});
+  }
+
+  std::vector<float> Multiply(Backend& backend, const std::vector<float>& x, int64_t rows,
+                              const std::vector<Weights>& parts) {
+    int64_t columns = 0, bytes = 0;
+    for (const Weights& part : parts) {
+      columns += part.rows;
+      bytes += part.view().bytes();
+    }
+    const int64_t in = parts[0].columns;
+    // One allocation, as the loader makes it: parts that follow each other may be joined.
+    const Buffer weights = backend.Allocate(bytes);
+    const Buffer x_memory = backend.Allocate(x.size() * sizeof(float)),
+                 out_memory = backend.Allocate(rows * columns * sizeof(float));
+    backend.CopyIn(x_memory.data(), x.data(), x.size() * sizeof(float));
+    MatMulArgs args;
+    args.part_count = 0;
+    std::byte* at = weights.data();
+    for (const Weights& part : parts) {
+      View view = part.view();
+      backend.CopyIn(at, view.data, view.bytes());
+      view.data = at;
+      at += view.bytes();
+      args.parts[args.part_count++] = view;
+    }
+    args.x = View::Matrix(x_memory.data(), DType::kF32, rows, in);
+    args.out = View::Matrix(out_memory.data(), DType::kF32, rows, columns);
+    backend.Run(backend.ops().MatMul, args);
+    std::vector<float> out(rows * columns);
+    backend.CopyOut(out.data(), out_memory.data(), out.size() * sizeof(float));
+    EXPECT_EQ(backend.Fault(), "");
+    return out;
+  }
+
+  // Of the sum of |weight * x|. Sums of fp32 in another order: 2^-24 for each of `in` additions. x
+  // as two bf16 loses 2^-17 of itself, as one 2^-9; block weights as bf16 lose 2^-9 more.
+  static double Tolerance(DType type, int64_t rows, int64_t in) {
+    const double sums = 0x1p-24 * static_cast<double>(in);
+    if (type == DType::kF32) return sums + 0x1p-12;  // cuBLAS may take TF32's inputs
+    if (IsQuantised(type)) return rows <= 32 ? sums + 0x1p-20 : sums + 0x1p-7;
+    return rows <= 8 ? sums + 0x1p-16 : sums + 0x1p-8;
+  }
+
+  void ExpectSame(DType type, int64_t rows, int64_t in, const std::vector<int64_t>& columns) {
+    const std::vector<float> x = RandomFloats(rows * in, random_);
+    std::vector<Weights> parts;
+    int64_t all = 0;
+    for (const int64_t n : columns) {
+      parts.push_back(RandomWeights(type, n, in, random_));
+      all += n;
+    }
+    const std::vector<float> got = Multiply(*gpu_, x, rows, parts),
+                             expected = Multiply(*cpu_, x, rows, parts);
+    const double tolerance = Tolerance(type, rows, in);
+    int64_t column = 0;
+    int wrong = 0;
+    for (const Weights& part : parts) {
+      for (int64_t n = 0; n < part.rows; ++n, ++column) {
+        const std::vector<double> w = DecodeRow(part, n);
+        for (int64_t r = 0; r < rows; ++r) {
+          double size = 0;
+          for (int64_t i = 0; i < in; ++i) size += std::fabs(w[i] * x[r * in + i]);
+          const float a = got[r * all + column], b = expected[r * all + column];
+          if (std::fabs(a - b) <= tolerance * size || ++wrong > 3) continue;
+          ADD_FAILURE() << Info(type).name << ", " << rows << " rows of " << in << ", column "
+                        << column << " of " << all << ", row " << r << ": " << a << " instead of "
+                        << b << ", " << std::fabs(a - b) / size << " of the terms' sum";
+        }
+      }
+    }
+    EXPECT_EQ(wrong, 0);
+  }
+
+  std::unique_ptr<Backend> gpu_, cpu_;
+  std::mt19937 random_{1};
+};
+
+TEST_F(CudaMatMul, EqualsTheCpusOverWeightTypesAndRows) {
+  for (const DType type : kWeightTypes) {
+    for (const int64_t rows : {1, 2, 5, 8, 9, 16, 17, 32, 33, 100}) {
+      ExpectSame(type, rows, 512, {96, 32, 32});
+    }
+  }
+}
+
+TEST_F(CudaMatMul, EqualsTheCpusAtModelsShapesAndOddOnes) {
+  for (const int64_t rows : {1, 3, 8, 24, 32}) {
+    ExpectSame(DType::kBF16, rows, 2560, {2048, 1024, 1024});  // Gemma 3 4B: q, k and v
+    ExpectSame(DType::kBF16, rows, 10240, {640});
+    ExpectSame(DType::kBF16, rows, 384, {384, 128, 128});  // the default model
+    ExpectSame(DType::kBF16, rows, 32, {1});
+    ExpectSame(DType::kBF16, rows, 96, {17, 5});
+    ExpectSame(DType::kBF16, rows, 100, {33});  // in whole vectors of 4, not of 8
+    ExpectSame(DType::kF16, rows, 256, {40});
+    ExpectSame(DType::kF32, rows, 260, {24});
+  }
+  ExpectSame(DType::kBF16, 2, 64, {20000});  // blocks enough for two tiles each
+  ExpectSame(DType::kBF16, 32, 288, {16000, 4001});
+}
+
+TEST_F(CudaMatMul, ARowIsTheSameBesideAnyFewOthers) {
+  constexpr int64_t kIn = 1280, kColumns = 300, kRows = 8;
+  const std::vector<float> x = RandomFloats(kRows * kIn, random_);
+  const std::vector<Weights> weights = {RandomWeights(DType::kBF16, kColumns, kIn, random_)};
+  const std::vector<float> together = Multiply(*gpu_, x, kRows, weights);
+  for (int64_t r = 0; r + 1 < kRows; ++r) {
+    const std::vector<float> pair(x.begin() + r * kIn, x.begin() + (r + 2) * kIn);
+    const std::vector<float> two = Multiply(*gpu_, pair, 2, weights);
+    EXPECT_TRUE(std::equal(two.begin(), two.end(), together.begin() + r * kColumns)) << r;
+  }
+}
+
+}  // namespace
+}  // namespace longspan
