@@ -27,8 +27,8 @@ struct QuantisedRows {
   }
 };
 
-// Two to kSkinnyRows rows of bf16 weights in whole vectors: each weight is read once. A row's result
-// does not depend on how many rows there are.
+// Two to kSkinnyRows rows of bf16 weights in whole vectors: each weight is read once. A row's
+// result does not depend on how many rows there are.
 constexpr int64_t kSkinnyRows = 8;
 bool IsSkinny(const Product& product);
 void MultiplySkinny(BackendContext& context, const Product& product);
