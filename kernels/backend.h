@@ -86,6 +86,13 @@ class Backend {
     Account(op.id, Cost(args), std::chrono::steady_clock::now() - begin);
   }
 
+  // The type that MatMul of `product` takes x as, whatever type x has now: F32, or BF16 where it
+  // would round an F32 x to that first. Then an op that makes x may write it so at once, to the
+  // same memory and with the same strides in elements, and the product is the same to the bit.
+  virtual DType ProductInput([[maybe_unused]] const MatMulArgs& product) const {
+    return DType::kF32;
+  }
+
   // Calls `issue`, which runs ops and does nothing else. A device that can launches ops that were
   // issued before under the same key all at once instead. The key stands for all that the ops'
   // arguments are, but not for what lies in the backend's memory nor for the lengths that Work is

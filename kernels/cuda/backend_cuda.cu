@@ -71,6 +71,10 @@ class CudaBackend : public Backend {
     cudaStreamDestroy(context_->stream);
   }
 
+  DType ProductInput(const MatMulArgs& product) const override {
+    return cuda::ProductInput(product);
+  }
+
   void Repeat(uint64_t key, const std::function<void()>& issue) override {
     if (graphs_.size() >= kMostGraphs && graphs_.count(key) == 0) ForgetGraphs();
     Graph& graph = graphs_[key];

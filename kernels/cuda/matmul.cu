@@ -11,18 +11,23 @@ namespace {
 constexpr int64_t kFewFloatRows = 8;
 constexpr int64_t kFewBlockRows = 32;
 
-// cuBLASLt's kernels want rows of 16 bytes on all sides. Blocks and halves are repacked into such.
-bool Aligned(const Product& p) {
-  const auto rows_of_16 = [](const View& v) {
-    return reinterpret_cast<uintptr_t>(v.data) % 16 == 0 && BytesOf(v.dtype, v.stride[0]) % 16 == 0;
-  };
-  return rows_of_16(p.out) && (IsQuantised(p.weight.dtype) || rows_of_16(p.weight)) &&
-         (p.weight.dtype != DType::kF32 || rows_of_16(p.x));
+// cuBLASLt's kernels want rows of 16 bytes on all sides. Blocks, and x where it is rounded, are
+// repacked into such.
+bool RowsOf16(const View& v) {
+  return reinterpret_cast<uintptr_t>(v.data) % 16 == 0 && BytesOf(v.dtype, v.stride[0]) % 16 == 0;
 }
 
-// Parts of one type whose rows follow each other in memory are one weight. Returns how many are
-// left, in `parts`.
-int Joined(const MatMulArgs& a, View (&parts)[3]) {
+bool InTiles(const Product& p) {
+  const DType type = p.weight.dtype;
+  return p.rows() > (IsQuantised(type) ? kFewBlockRows : kFewFloatRows) && RowsOf16(p.out) &&
+         (IsQuantised(type) || RowsOf16(p.weight)) &&
+         (p.x.dtype != TileType(type) || RowsOf16(p.x));
+}
+
+// Parts of one type whose rows follow each other in memory are one weight. Returns how many
+// products that makes.
+int Products(const MatMulArgs& a, Product (&products)[3]) {
+  View parts[3];
   int count = 0;
   for (int i = 0; i < a.part_count; ++i) {
     const View& part = a.parts[i];
@@ -36,30 +41,44 @@ int Joined(const MatMulArgs& a, View (&parts)[3]) {
       parts[count++] = part;
     }
   }
+  int64_t column = 0;
+  for (int i = 0; i < count; ++i) {
+    CHECK_EQ(parts[i].shape[1], a.x.shape[1]);
+    products[i] = {a.x, parts[i], a.out.Columns(column, parts[i].shape[0])};
+    column += products[i].columns();
+  }
+  CHECK_EQ(column, a.out.shape[1]);
   return count;
 }
 
 }  // namespace
 
+DType ProductInput(const MatMulArgs& a) {
+  Product products[3];
+  const int count = Products(a, products);
+  for (int i = 0; i < count; ++i) {
+    Product& p = products[i];
+    p.x.dtype = DType::kBF16;
+    if (TileType(p.weight.dtype) != DType::kBF16 || !InTiles(p)) return DType::kF32;
+  }
+  return DType::kBF16;
+}
+
 void MatMul(BackendContext& context, const MatMulArgs& a) {
-  CHECK(a.x.dtype == DType::kF32 && a.out.dtype == DType::kF32);
+  CHECK(a.x.dtype == DType::kF32 || a.x.dtype == ProductInput(a)) << Info(a.x.dtype).name;
+  CHECK(a.out.dtype == DType::kF32);
   CHECK_EQ(a.x.shape[0], a.out.shape[0]);
   const int64_t rows = a.x.shape[0], in = a.x.shape[1];
   if (rows == 0) return;
   QuantisedRows quantised{};
-  int64_t column = 0;
-  View parts[3];
-  const int part_count = Joined(a, parts);
-  for (int i = 0; i < part_count; ++i) {
-    Product p{a.x, parts[i], a.out.Columns(column, parts[i].shape[0])};
-    CHECK_EQ(p.weight.shape[1], in);
-    column += p.columns();
-    if (IsQuantised(p.weight.dtype)) {
-      if (rows > kFewBlockRows && Aligned(p)) {
-        MultiplyTiles(context, p);
-        quantised = {};  // its memory was used
-        continue;
-      }
+  Product products[3];
+  const int count = Products(a, products);
+  for (int i = 0; i < count; ++i) {
+    const Product& p = products[i];
+    if (InTiles(p)) {
+      MultiplyTiles(context, p);
+      quantised = {};  // its memory was used
+    } else if (IsQuantised(p.weight.dtype)) {
       if (quantised.q == nullptr) {  // once for all parts
         quantised = QuantisedRows::At(context.Workspace(QuantisedRows::Bytes(rows, in)), rows, in);
         QuantiseRows(context, a.x, quantised);
@@ -67,14 +86,10 @@ void MatMul(BackendContext& context, const MatMulArgs& a) {
       MultiplyBlocks(context, p, quantised);
     } else if (IsSkinny(p)) {
       MultiplySkinny(context, p);
-    } else if (rows <= kFewFloatRows || !Aligned(p)) {
-      MultiplyFloats(context, p);
     } else {
-      MultiplyTiles(context, p);
-      quantised = {};
+      MultiplyFloats(context, p);
     }
   }
-  CHECK_EQ(column, a.out.shape[1]);
   CheckLaunch(context, "MatMul");
 }
 

@@ -7,7 +7,7 @@ namespace longspan::cuda {
 
 // One weight and where its product goes.
 struct Product {
-  View x;       // [rows, in] F32
+  View x;       // [rows, in] F32; BF16 only for MultiplyTiles
   View weight;  // [columns, in]
   View out;     // [rows, columns] F32
   int64_t rows() const { return x.shape[0]; }
@@ -37,10 +37,13 @@ void MultiplyFloats(BackendContext& context, const Product& product);
 // Few rows of block weights, straight from the blocks.
 void QuantiseRows(BackendContext& context, const View& x, const QuantisedRows& rows);
 void MultiplyBlocks(BackendContext& context, const Product& product, const QuantisedRows& rows);
-// Many rows, on the tensor cores. F16 and BF16 weights: x is rounded to the weight's type; blocks:
-// both sides are rounded to bf16, since activations of some models leave f16's range; F32 weights
-// stay F32. Sums are F32.
+// Many rows, on the tensor cores, both sides in one type: the weight's; for blocks BF16, since
+// activations of some models leave F16's range. An F32 x is rounded to it. Sums are F32.
+inline DType TileType(DType weight) { return IsQuantised(weight) ? DType::kBF16 : weight; }
 void MultiplyTiles(BackendContext& context, const Product& product);
+
+// As Backend::ProductInput.
+DType ProductInput(const MatMulArgs& product);
 
 // What MultiplyTiles found out about shapes; lives as long as the context.
 struct TilePlans;

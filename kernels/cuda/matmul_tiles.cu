@@ -142,39 +142,40 @@ void MultiplyTiles(BackendContext& context, const Product& p) {
   void* rounded = memory + kLibraryBytes;
   auto* panel = reinterpret_cast<__nv_bfloat16*>(memory + kLibraryBytes + kXBytes);
   const int64_t in = p.in(), out_stride = p.out.stride[0];
-  const DType type = p.weight.dtype;
-  if (type == DType::kF32) {
-    Multiply(context, type, p.weight.data, p.x.data, p.x.stride[0], p.rows(), p.columns(), in,
-             p.out.as<float>(), out_stride, library);
-    return;
-  }
-  const bool blocks = IsQuantised(type);
+  const DType weight_type = p.weight.dtype, type = TileType(weight_type);
+  const bool blocks = IsQuantised(weight_type), rounds = p.x.dtype != type;
+  // Whether x comes rounded or not: sums in the library's order depend on how many rows it has.
   const int64_t most_rows = static_cast<int64_t>(kXBytes) / (2 * in);
   const int64_t most_columns =
       blocks ? static_cast<int64_t>(kPanelBytes) / (2 * in) / 64 * 64 : p.columns();
   CHECK(most_rows > 0 && most_columns > 0) << "rows of " << in;
   for (int64_t row = 0; row < p.rows(); row += most_rows) {
     const int64_t rows = std::min(most_rows, p.rows() - row);
-    const float* x = reinterpret_cast<const float*>(p.x.row(row));
-    const dim3 grid(Blocks(in, kThreads), static_cast<unsigned>(rows));
-    if (type == DType::kF16) {
-      Round<<<grid, kThreads, 0, context.stream>>>(x, p.x.stride[0], static_cast<__half*>(rounded),
-                                                   in);
-    } else {
-      Round<<<grid, kThreads, 0, context.stream>>>(x, p.x.stride[0],
-                                                   static_cast<__nv_bfloat16*>(rounded), in);
+    const void* x = p.x.row(row);
+    if (rounds) {
+      const dim3 grid(Blocks(in, kThreads), static_cast<unsigned>(rows));
+      const auto round = [&](auto* to) {
+        Round<<<grid, kThreads, 0, context.stream>>>(static_cast<const float*>(x), p.x.stride[0],
+                                                     to, in);
+      };
+      if (type == DType::kF16) {
+        round(static_cast<__half*>(rounded));
+      } else {
+        round(static_cast<__nv_bfloat16*>(rounded));
+      }
+      x = rounded;
     }
     for (int64_t column = 0; column < p.columns(); column += most_columns) {
       const int64_t columns = std::min(most_columns, p.columns() - column);
       const void* weight = p.weight.row(column);
       if (blocks) {
-        VisitBlocks(type, [&](auto format) {
+        VisitBlocks(weight_type, [&](auto format) {
           Unpack<decltype(format)><<<Blocks(columns * in, kThreads), kThreads, 0, context.stream>>>(
               static_cast<const uint8_t*>(weight), columns * in, panel);
         });
         weight = panel;
       }
-      Multiply(context, blocks ? DType::kBF16 : type, weight, rounded, in, rows, columns, in,
+      Multiply(context, type, weight, x, rounds ? in : p.x.stride[0], rows, columns, in,
                p.out.as<float>() + row * out_stride + column, out_stride, library);
     }
   }

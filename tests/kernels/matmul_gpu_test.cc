@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "kernels/backend.h"
+#include "kernels/convert.h"
 #include "tests/support/weights.h"
 
 namespace longspan {
@@ -30,8 +31,9 @@ class CudaMatMul : public ::testing::Test {
     cpu_ = Backend::Cpu({.threads = 8});
   }
 
+  // x is F32, or BF16 if `narrow`. Keeps what ProductInput says.
   std::vector<float> Multiply(Backend& backend, const std::vector<float>& x, int64_t rows,
-                              const std::vector<Weights>& parts) {
+                              const std::vector<Weights>& parts, bool narrow = false) {
     int64_t columns = 0, bytes = 0;
     for (const Weights& part : parts) {
       columns += part.rows;
@@ -55,6 +57,13 @@ class CudaMatMul : public ::testing::Test {
     }
     args.x = View::Matrix(x_memory.data(), DType::kF32, rows, in);
     args.out = View::Matrix(out_memory.data(), DType::kF32, rows, columns);
+    input_ = backend.ProductInput(args);
+    if (narrow) {
+      std::vector<uint16_t> rounded(x.size());
+      std::transform(x.begin(), x.end(), rounded.begin(), ToBf16);
+      backend.CopyIn(x_memory.data(), rounded.data(), rounded.size() * sizeof(uint16_t));
+      args.x.dtype = DType::kBF16;
+    }
     backend.Run(backend.ops().MatMul, args);
     std::vector<float> out(rows * columns);
     backend.CopyOut(out.data(), out_memory.data(), out.size() * sizeof(float));
@@ -102,6 +111,7 @@ class CudaMatMul : public ::testing::Test {
   }
 
   std::unique_ptr<Backend> gpu_, cpu_;
+  DType input_ = DType::kF32;
   std::mt19937 random_{1};
 };
 
@@ -126,6 +136,36 @@ TEST_F(CudaMatMul, EqualsTheCpusAtModelsShapesAndOddOnes) {
   }
   ExpectSame(DType::kBF16, 2, 64, {20000});  // blocks enough for two tiles each
   ExpectSame(DType::kBF16, 32, 288, {16000, 4001});
+}
+
+TEST_F(CudaMatMul, OfRoundedRowsIsTheSameWhereItRoundsThem) {
+  constexpr int64_t kIn = 512;
+  const auto rounds = [&](const std::vector<DType>& types, int64_t rows) {
+    const std::vector<float> x = RandomFloats(rows * kIn, random_);
+    std::vector<Weights> parts;
+    for (const DType type : types) parts.push_back(RandomWeights(type, 96, kIn, random_));
+    const std::vector<float> out = Multiply(*gpu_, x, rows, parts);
+    if (input_ == DType::kF32) return false;
+    EXPECT_EQ(Multiply(*gpu_, x, rows, parts, /*narrow=*/true), out);
+    return true;
+  };
+  for (const DType type : kWeightTypes) {
+    for (const int64_t rows : {1, 8, 9, 32, 33, 300}) {
+      EXPECT_EQ(rounds({type, type}, rows),
+                type == DType::kBF16 ? rows > 8 : IsQuantised(type) && rows > 32)
+          << Info(type).name << ", " << rows << " rows";
+    }
+  }
+  EXPECT_TRUE(rounds({DType::kQ4_K, DType::kQ6_K, DType::kBF16}, 40));
+  EXPECT_FALSE(rounds({DType::kQ4_K, DType::kBF16}, 20));
+  EXPECT_FALSE(rounds({DType::kBF16, DType::kF16}, 40));
+}
+
+TEST_F(CudaMatMul, TakesNoRoundedRowsThatAreNotInWholeVectors) {
+  constexpr int64_t kIn = 100, kRows = 40;
+  Multiply(*gpu_, RandomFloats(kRows * kIn, random_), kRows,
+           {RandomWeights(DType::kBF16, 32, kIn, random_)});
+  EXPECT_EQ(input_, DType::kF32);
 }
 
 TEST_F(CudaMatMul, ARowIsTheSameBesideAnyFewOthers) {
