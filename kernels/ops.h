@@ -7,7 +7,9 @@
 //  - a row's result depends on that row's inputs only, never on how many rows the call has or in
 //  which
 //    chunk of its sequence the row arrived (CPU: bitwise);
-//  - sums are accumulated in fp32 or wider; activations are F32 unless an op says otherwise;
+//  - sums are accumulated in fp32 or wider; activations are F32 unless an op says otherwise. An out
+//    that may be BF16 may be so where Backend::ProductInput asks for it, and is then the F32 result
+//    rounded to nearest even;
 //  - ops take effect in call order and never allocate memory that outlives the call.
 #include <cstdint>
 
@@ -32,8 +34,8 @@ struct EmbedArgs {
   float scale = 1;
 };
 
-// out = x / sqrt(mean(x^2) + eps) * weight, row by row. x, out: [rows, dim] (may alias); weight:
-// [dim] F32.
+// out = x / sqrt(mean(x^2) + eps) * weight, row by row. x: [rows, dim]; out: as x (may be x), or
+// BF16 elsewhere; weight: [dim] F32.
 struct RmsNormArgs {
   View x, weight, out;
   float eps = 1e-6f;
@@ -41,7 +43,8 @@ struct RmsNormArgs {
 
 // What lies between two blocks of a model: residual += x, or += RmsNorm(x) where x_weight is given
 // (a post-norm); then, where weight is given, out = RmsNorm(residual) (the next block's pre-norm).
-// x, residual, out: [rows, dim], three memories; x_weight, weight: [dim] F32, or empty.
+// x, residual, out: [rows, dim], three memories, out F32 or BF16; x_weight, weight: [dim] F32, or
+// empty.
 struct AddRmsNormArgs {
   View x, x_weight, residual, weight, out;
   float eps = 1e-6f;
@@ -120,7 +123,7 @@ struct StoreKvArgs {
 
 enum class Activation : uint8_t { kSilu, kGeluTanh };
 
-// out = activation(gate) * up. gate_up: [rows, 2 * dim], gate first; out: [rows, dim].
+// out = activation(gate) * up. gate_up: [rows, 2 * dim], gate first; out: [rows, dim], F32 or BF16.
 struct GatedActivationArgs {
   View gate_up, out;
   Activation activation = Activation::kSilu;

@@ -1,5 +1,6 @@
 #include <cstring>
 
+#include "kernels/check.h"
 #include "kernels/cpu/context.h"
 #include "kernels/cpu/lanes.h"
 #include "kernels/cpu/ops_cpu.h"
@@ -51,6 +52,7 @@ void RowPortable(Activation activation, const float* gate, const float* up, int6
 }  // namespace
 
 void GatedActivation(BackendContext& context, const GatedActivationArgs& a) {
+  CHECK(a.out.dtype == DType::kF32);
   const auto row_function = context.simd == Simd::kPortable ? RowPortable : RowAvx2;
   const int64_t dim = a.out.shape[1];
   context.team.For(a.out.shape[0], 1 + 8192 / dim, [&](int64_t begin, int64_t end, int) {

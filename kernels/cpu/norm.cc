@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "kernels/check.h"
 #include "kernels/cpu/context.h"
 #include "kernels/cpu/lanes.h"
 #include "kernels/cpu/ops_cpu.h"
@@ -40,6 +41,7 @@ NormRowFunction NormRowOf(Simd simd) {
 }
 
 void RmsNorm(BackendContext& context, const RmsNormArgs& a) {
+  CHECK(a.out.dtype == DType::kF32);
   const NormRowFunction norm = NormRowOf(context.simd);
   const int64_t dim = a.x.shape[1];
   context.team.For(a.x.shape[0], Grain(dim), [&](int64_t begin, int64_t end, int) {
@@ -51,6 +53,7 @@ void RmsNorm(BackendContext& context, const RmsNormArgs& a) {
 }
 
 void AddRmsNorm(BackendContext& context, const AddRmsNormArgs& a) {
+  CHECK(a.out.dtype == DType::kF32);
   const NormRowFunction norm = NormRowOf(context.simd);
   const int64_t dim = a.x.shape[1];
   context.team.For(a.x.shape[0], Grain(dim), [&](int64_t begin, int64_t end, int thread) {

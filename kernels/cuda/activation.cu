@@ -9,8 +9,8 @@ constexpr int kThreads = 128;
 
 // A thread makes kPer numbers. Gelu in the tanh form of Hendrycks and Gimpel, arXiv 1606.08415:
 // 0.5 x (1 + tanh u) = x * sigmoid(2 u).
-template <int kPer>
-__global__ void Activate(const float* gate_up, int64_t stride, float* out, int64_t out_stride,
+template <class T, int kPer>
+__global__ void Activate(const float* gate_up, int64_t stride, T* out, int64_t out_stride,
                          int64_t dim, bool gelu) {
   const int64_t d = (blockIdx.x * int64_t{kThreads} + threadIdx.x) * kPer;
   if (d >= dim) return;
@@ -24,16 +24,18 @@ __global__ void Activate(const float* gate_up, int64_t stride, float* out, int64
     const float of = gelu ? (x + x * x * x * 0.044715f) * 1.59576912160573071176f : x;
     result.at[i] = x / (1.0f + expf(-of)) * up.at[i];
   }
-  *reinterpret_cast<Floats<kPer>*>(out + blockIdx.y * out_stride + d) = result;
+  Store(result, out + blockIdx.y * out_stride + d);
 }
 
 template <int kPer>
 void Launch(BackendContext& context, const GatedActivationArgs& a) {
   const int64_t dim = a.out.shape[1];
   const dim3 grid(Blocks(dim, kPer * kThreads), static_cast<unsigned>(a.out.shape[0]));
-  Activate<kPer><<<grid, kThreads, 0, context.stream>>>(a.gate_up.as<float>(), a.gate_up.stride[0],
-                                                        a.out.as<float>(), a.out.stride[0], dim,
-                                                        a.activation == Activation::kGeluTanh);
+  VisitInput(a.out.dtype, [&](auto number) {
+    Activate<decltype(number), kPer><<<grid, kThreads, 0, context.stream>>>(
+        a.gate_up.as<float>(), a.gate_up.stride[0], a.out.as<decltype(number)>(), a.out.stride[0],
+        dim, a.activation == Activation::kGeluTanh);
+  });
 }
 
 }  // namespace

@@ -18,7 +18,7 @@ struct Rows {
   const float* x_weight;  // nullptr: x is added as it is
   float* residual;
   const float* weight;  // nullptr: out is not written
-  float* out;           // may be residual
+  void* out;            // may be residual
   int64_t x_row, residual_row, out_row;
   int dim;
   float eps;
@@ -50,11 +50,12 @@ struct Held {
           row != nullptr && i < vectors ? reinterpret_cast<const Floats<4>*>(row)[i] : Floats<4>{};
     }
   }
-  __device__ __forceinline__ void Store(float* row, int vectors) const {
+  template <class T>
+  __device__ __forceinline__ void StoreTo(T* row, int vectors) const {
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       const int i = threadIdx.x + v * blockDim.x;
-      if (i < vectors) reinterpret_cast<Floats<4>*>(row)[i] = at[v];
+      if (i < vectors) Store(at[v], row + 4 * i);
     }
   }
   __device__ __forceinline__ float Squares() const {
@@ -74,7 +75,7 @@ struct Held {
   }
 };
 
-template <int kVectors>
+template <class T, int kVectors>
 __global__ void __launch_bounds__(kMaxThreads) NormHeld(const Rows a) {
   __shared__ float parts[2][kMaxThreads / kWarp];
   const int vectors = a.dim / 4;
@@ -85,19 +86,20 @@ __global__ void __launch_bounds__(kMaxThreads) NormHeld(const Rows a) {
   if (a.x != nullptr) {
     if (a.x_weight != nullptr) x.Multiply(Scale(a, BlockSum(x.Squares(), parts[0])), x_weight);
     sum.Add(x);
-    sum.Store(residual, vectors);
+    sum.StoreTo(residual, vectors);
   }
   if (a.weight == nullptr) return;
   sum.Multiply(Scale(a, BlockSum(sum.Squares(), parts[1])), weight);
-  sum.Store(a.out + blockIdx.x * a.out_row, vectors);
+  sum.StoreTo(static_cast<T*>(a.out) + blockIdx.x * a.out_row, vectors);
 }
 
 // Rows of any length and alignment. A thread reads again only what it wrote itself.
+template <class T>
 __global__ void NormStreamed(const Rows a) {
   __shared__ float parts[2][kStreamThreads / kWarp];
   const float* x = a.x + blockIdx.x * a.x_row;
   float* residual = a.residual + blockIdx.x * a.residual_row;
-  float* out = a.out + blockIdx.x * a.out_row;
+  T* out = static_cast<T*>(a.out) + blockIdx.x * a.out_row;
   float squares = 0, scale = 1;
   if (a.x_weight != nullptr) {
     for (int d = threadIdx.x; d < a.dim; d += kStreamThreads) squares += x[d] * x[d];
@@ -115,14 +117,25 @@ __global__ void NormStreamed(const Rows a) {
   if (a.weight == nullptr) return;
   scale = Scale(a, BlockSum(squares, parts[1]));
   for (int d = threadIdx.x; d < a.dim; d += kStreamThreads) {
-    out[d] = residual[d] * scale * a.weight[d];
+    out[d] = FromFloat<T>(residual[d] * scale * a.weight[d]);
   }
 }
 
-template <int kVectors>
+template <class T, int kVectors>
 void LaunchHeld(BackendContext& context, const Rows& a, unsigned rows) {
   const int threads = Blocks(a.dim / 4, kVectors * kWarp) * kWarp;
-  NormHeld<kVectors><<<rows, threads, 0, context.stream>>>(a);
+  NormHeld<T, kVectors><<<rows, threads, 0, context.stream>>>(a);
+}
+
+template <class T>
+void LaunchFor(BackendContext& context, const Rows& a, unsigned rows, bool fours) {
+  if (fours && a.dim <= 2 * 4 * kMaxThreads) {
+    LaunchHeld<T, 2>(context, a, rows);
+  } else if (fours && a.dim <= 4 * 4 * kMaxThreads) {
+    LaunchHeld<T, 4>(context, a, rows);
+  } else {
+    NormStreamed<T><<<rows, kStreamThreads, 0, context.stream>>>(a);
+  }
 }
 
 void Launch(BackendContext& context, const AddRmsNormArgs& a, const char* op) {
@@ -131,7 +144,7 @@ void Launch(BackendContext& context, const AddRmsNormArgs& a, const char* op) {
                      a.x_weight.as<const float>(),
                      a.residual.as<float>(),
                      a.weight.as<const float>(),
-                     a.out.as<float>(),
+                     a.out.data,
                      a.x.stride[0],
                      a.residual.stride[0],
                      a.out.stride[0],
@@ -139,13 +152,8 @@ void Launch(BackendContext& context, const AddRmsNormArgs& a, const char* op) {
                      a.eps};
   const auto count = static_cast<unsigned>(a.residual.shape[0]);
   const bool fours = WholeFours({&a.x, &a.x_weight, &a.residual, &a.weight, &a.out});
-  if (fours && rows.dim <= 2 * 4 * kMaxThreads) {
-    LaunchHeld<2>(context, rows, count);
-  } else if (fours && rows.dim <= 4 * 4 * kMaxThreads) {
-    LaunchHeld<4>(context, rows, count);
-  } else {
-    NormStreamed<<<count, kStreamThreads, 0, context.stream>>>(rows);
-  }
+  VisitInput(a.out.dtype,
+             [&](auto number) { LaunchFor<decltype(number)>(context, rows, count, fours); });
   CheckLaunch(context, op);
 }
 

@@ -7,6 +7,7 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "kernels/backend.h"
@@ -61,6 +62,16 @@ class Travel {
   std::vector<void*> homes_;
 };
 
+std::vector<uint16_t> Rounded(const std::vector<float>& values) {
+  std::vector<uint16_t> rounded(values.size());
+  std::transform(values.begin(), values.end(), rounded.begin(), ToBf16);
+  return rounded;
+}
+
+// What a vector of an op's out holds: floats or bf16.
+template <class T>
+constexpr DType kTypeOf = std::is_same_v<T, float> ? DType::kF32 : DType::kBF16;
+
 void ExpectNear(const std::vector<float>& got, const std::vector<float>& want, double absolute,
                 double relative = 0) {
   ASSERT_EQ(got.size(), want.size());
@@ -99,10 +110,14 @@ struct NormCase {
     weight = Weights(dim, 4);
   }
 
-  void Run(Backend& backend, int first, int count) {
+  void Run(Backend& backend, int first, int count) { RunInto(out, backend, first, count); }
+
+  template <class T>
+  void RunInto(std::vector<T>& to, Backend& backend, int first, int count) {
     Travel there(backend);
-    const auto rows_of = [&](std::vector<float>& v) {
-      View view = View::Matrix(there(v), DType::kF32, rows, dim + gap).Columns(0, dim);
+    const auto rows_of = [&](auto& v) {
+      constexpr DType kType = kTypeOf<std::remove_reference_t<decltype(v[0])>>;
+      View view = View::Matrix(there(v), kType, rows, dim + gap).Columns(0, dim);
       view.data = view.row(first);
       return view.Rows(count);
     };
@@ -114,7 +129,7 @@ struct NormCase {
     args.x_weight = vector(x_weight, post_norm);
     args.residual = rows_of(residual);
     args.weight = vector(weight, next_norm);
-    args.out = rows_of(out);
+    args.out = rows_of(to);
     args.eps = kEps;
     backend.Run(backend.ops().AddRmsNorm, args);
     there.Home();
@@ -159,22 +174,45 @@ TEST_F(CudaFused, ARowOfAddRmsNormDependsOnNoOther) {
   }
 }
 
+TEST_F(CudaFused, ABf16OutOfAddRmsNormIsTheF32OneRounded) {
+  for (int dim : {4, 384, 2560, 8196, 16388, 37}) {
+    for (int gap : {0, 4, 1}) {
+      NormCase single(7, dim, gap, true, true), half = single;
+      std::vector<uint16_t> out = Rounded(half.out);
+      single.Run(*gpu_, 0, 7);
+      half.RunInto(out, *gpu_, 0, 7);
+      EXPECT_EQ(out, Rounded(single.out)) << dim << ", gap " << gap;
+      EXPECT_EQ(half.residual, single.residual) << dim << ", gap " << gap;
+    }
+  }
+}
+
+template <class T>
+std::vector<T> Normed(Backend& backend, std::vector<float> x, int dim) {
+  std::vector<float> weight = Weights(dim, 6);
+  std::vector<T> out(x.size());
+  const int rows = static_cast<int>(x.size()) / dim;
+  Travel there(backend);
+  backend.Run(backend.ops().RmsNorm, {View::Matrix(there(x), DType::kF32, rows, dim),
+                                      View::Vector(there(weight), DType::kF32, dim),
+                                      View::Matrix(there(out), kTypeOf<T>, rows, dim), kEps});
+  there.Home();
+  return out;
+}
+
 TEST_F(CudaFused, RmsNormEqualsTheCpusInPlaceToo) {
   for (int dim : {384, 2560, 5376, 9000, 20000, 37}) {
-    for (bool in_place : {false, true}) {
-      const auto run = [&](Backend& backend) {
-        std::vector<float> x = Normal(3 * dim, 5), weight = Weights(dim, 6), out(x.size());
-        Travel there(backend);
-        const View from = View::Matrix(there(x), DType::kF32, 3, dim);
-        const View to = in_place ? from : View::Matrix(there(out), DType::kF32, 3, dim);
-        backend.Run(backend.ops().RmsNorm,
-                    {from, View::Vector(there(weight), DType::kF32, dim), to, kEps});
-        there.Home();
-        return in_place ? x : out;
-      };
-      SCOPED_TRACE(dim);
-      ExpectNear(run(*gpu_), run(*cpu_), Tolerance(dim));
-    }
+    SCOPED_TRACE(dim);
+    std::vector<float> x = Normal(3 * dim, 5), weight = Weights(dim, 6);
+    const std::vector<float> out = Normed<float>(*gpu_, x, dim);
+    ExpectNear(out, Normed<float>(*cpu_, x, dim), Tolerance(dim));
+    EXPECT_EQ(Normed<uint16_t>(*gpu_, x, dim), Rounded(out));
+    Travel there(*gpu_);
+    const View rows = View::Matrix(there(x), DType::kF32, 3, dim);
+    gpu_->Run(gpu_->ops().RmsNorm,
+              {rows, View::Vector(there(weight), DType::kF32, dim), rows, kEps});
+    there.Home();
+    EXPECT_EQ(x, out);
   }
 }
 
@@ -300,25 +338,29 @@ TEST_F(CudaFused, ARowOfPrepareQkvDependsOnNoOther) {
   }
 }
 
+template <class T>
+std::vector<T> Activated(Backend& backend, int rows, int dim, Activation activation) {
+  std::vector<float> x = Normal(static_cast<size_t>(rows) * 2 * dim, 7);
+  for (float& v : x) v *= 4;
+  x[0] = 200, x[2 * dim - 1] = -200;  // far beyond where exp overflows
+  std::vector<T> out(static_cast<size_t>(rows) * dim);
+  Travel there(backend);
+  backend.Run(backend.ops().GatedActivation,
+              {View::Matrix(there(x), DType::kF32, rows, 2 * dim),
+               View::Matrix(there(out), kTypeOf<T>, rows, dim), activation});
+  there.Home();
+  return out;
+}
+
 TEST_F(CudaFused, GatedActivationEqualsTheCpus) {
   for (int dim : {960, 2048, 10240, 21504, 1, 37, 4}) {
     for (int rows : {1, 5, 64}) {
       for (Activation activation : {Activation::kSilu, Activation::kGeluTanh}) {
-        const auto run = [&](Backend& backend) {
-          std::vector<float> x = Normal(static_cast<size_t>(rows) * 2 * dim, 7);
-          for (float& v : x) v *= 4;
-          x[0] = 200, x[2 * dim - 1] = -200;  // far beyond where exp overflows
-          std::vector<float> out(static_cast<size_t>(rows) * dim);
-          Travel there(backend);
-          backend.Run(backend.ops().GatedActivation,
-                      {View::Matrix(there(x), DType::kF32, rows, 2 * dim),
-                       View::Matrix(there(out), DType::kF32, rows, dim), activation});
-          there.Home();
-          return out;
-        };
         SCOPED_TRACE(dim);
         // Either is within 3e-6 of the formula, see elementwise_test.cc.
-        ExpectNear(run(*gpu_), run(*cpu_), 4e-6, 6e-6);
+        const std::vector<float> out = Activated<float>(*gpu_, rows, dim, activation);
+        ExpectNear(out, Activated<float>(*cpu_, rows, dim, activation), 4e-6, 6e-6);
+        EXPECT_EQ(Activated<uint16_t>(*gpu_, rows, dim, activation), Rounded(out));
       }
     }
   }
