@@ -97,9 +97,9 @@ struct RaggedBatch {
 // start) and the step's own earlier rows (from `key` / `value`), causal. window W > 0: the row at t
 // sees t - W < j <= t, Hugging Face's convention; 0: all j <= t. Keys are visited in blocks aligned
 // to absolute positions, so chunking never changes a result. query, out: [rows, heads, head_dim]
-// F32; key, value: [rows, kv_heads, head_dim] in the cache's dtype. softcap c > 0: logits become c
-// * tanh(logit / c). sinks: [heads] F32 or empty: one extra logit per head that takes mass and adds
-// no value.
+// F32, or out BF16; key, value: [rows, kv_heads, head_dim] in the cache's dtype. softcap c > 0:
+// logits become c * tanh(logit / c). sinks: [heads] F32 or empty: one extra logit per head that
+// takes mass and adds no value.
 struct AttentionArgs {
   View query, key, value, out;
   KvView cache;

@@ -71,6 +71,7 @@ class Job {
         dim_(static_cast<int>(args.query.shape[2])),
         padded_((dim_ + tile.lanes - 1) / tile.lanes * tile.lanes),
         group_(heads_ / args.cache.kv_heads) {
+    CHECK(a_.out.dtype == DType::kF32);
     CHECK_EQ(heads_ % a_.cache.kv_heads, 0);
     CHECK_LE(group_, kTileQueries);
   }

@@ -156,7 +156,7 @@ __global__ void Merge(const Piece p) {
     for (int s = 0; s < splits; ++s) {
       sum += expf(from[s * stride + p.dim] - top) * from[s * stride + d];
     }
-    p.out[row_index * p.out_row + head * p.out_head + d] = sum / total;
+    StoreOut<1>(p, row_index * p.out_row + head * p.out_head + d, {sum / total});
   }
   if (threadIdx.x == 0) p.log_total[int64_t{row_index} * p.heads + head] = top + logf(total);
 }
@@ -320,7 +320,7 @@ void Attention(BackendContext& context, const AttentionArgs& a) {
   p.query = a.query.as<const float>();
   p.key = a.key.data;
   p.value = a.value.data;
-  p.out = a.out.as<float>();
+  p.out = a.out.data;
   p.query_row = a.query.stride[0];
   p.query_head = a.query.stride[1];
   p.key_row = a.key.stride[0];
@@ -339,8 +339,10 @@ void Attention(BackendContext& context, const AttentionArgs& a) {
   p.heads = static_cast<int>(a.query.shape[1]);
   p.dim = static_cast<int>(a.query.shape[2]);
   p.group = p.heads / a.cache.kv_heads;
+  p.half_out = a.out.dtype == DType::kBF16;
   CHECK_LE(p.dim, 256);
   CHECK_EQ(p.heads % a.cache.kv_heads, 0);
+  CHECK(p.half_out || a.out.dtype == DType::kF32) << Info(a.out.dtype).name;
   CHECK(a.key.dtype == a.cache.dtype && a.value.dtype == a.cache.dtype);
   // Every row of keys begins at a multiple of the widest vector (8 elements) if these do.
   p.whole_vectors = true;

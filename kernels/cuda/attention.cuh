@@ -16,7 +16,7 @@ namespace longspan::cuda {
 struct Problem {
   const float* query;
   const void *key, *value;
-  float* out;
+  void* out;  // F32 or BF16
   int64_t query_row, query_head, key_row, key_head, value_row, value_head, out_row, out_head;
   const float* sinks;
   KvView cache;
@@ -24,6 +24,7 @@ struct Problem {
   SpanRequest spans;
   float scale, softcap;
   int window, heads, dim, group;
+  bool half_out;       // out is BF16
   bool whole_vectors;  // rows of keys and values may be read in vectors
   float* log_total;    // [rows of the step, heads]: of the softmax, for spans
 };
@@ -42,6 +43,16 @@ __device__ __forceinline__ const T* At(const Problem& p, int sequence, int start
       Page(p.cache, sequence, j) + (values ? p.cache.value_offset : p.cache.key_offset);
   return reinterpret_cast<const T*>(page) +
          (int64_t{kv_head} * p.cache.page_tokens + j % p.cache.page_tokens) * p.dim;
+}
+
+// Numbers that lie side by side in out, from element `at` on.
+template <int kCount>
+__device__ __forceinline__ void StoreOut(const Problem& p, int64_t at, const Floats<kCount>& from) {
+  if (p.half_out) {
+    Store(from, static_cast<__nv_bfloat16*>(p.out) + at);
+  } else {
+    Store(from, static_cast<float*>(p.out) + at);
+  }
 }
 
 __device__ __forceinline__ float Cap(float score, float softcap) {

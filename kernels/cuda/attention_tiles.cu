@@ -270,13 +270,13 @@ __global__ void __launch_bounds__(kThreads) Attend(const Problem p) {
       total[i] = total[i] * weight + exp2f(sink - top);
       highest[i] = top;
     }
-    float* to = p.out + row * p.out_row + head * p.out_head;
+    const int64_t to = row * p.out_row + head * p.out_head;
 #pragma unroll
     for (int n = 0; n < kDim / 8; ++n) {
       const int d = n * 8 + column;
       if (d >= p.dim) continue;
-      to[d] = sum[n][2 * i] * weight / total[i];
-      to[d + 1] = sum[n][2 * i + 1] * weight / total[i];
+      StoreOut<2>(p, to + d,
+                  {sum[n][2 * i] * weight / total[i], sum[n][2 * i + 1] * weight / total[i]});
     }
     if (lane % 4 == 0) {
       p.log_total[int64_t{row} * p.heads + head] = highest[i] / kLog2E + logf(total[i]);
@@ -300,6 +300,8 @@ void Launch(BackendContext& context, const Problem& p, int tiles) {
 bool AttendsInTiles(const Problem& p) { return p.cache.dtype == DType::kBF16 && p.whole_vectors; }
 
 void AttendTiles(BackendContext& context, const Problem& p) {
+  CHECK(reinterpret_cast<uintptr_t>(p.out) % 8 == 0 && p.out_row % 2 == 0 && p.out_head % 2 == 0)
+      << "out is written in pairs";
   const int32_t* begin = p.batch.HostRowBegin();
   int tiles = 0;
   for (int s = 0; s < p.batch.sequences; ++s) {

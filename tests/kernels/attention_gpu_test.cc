@@ -6,6 +6,7 @@ namespace longspan {
 namespace {
 
 using testing::AttentionCase;
+using testing::AttentionShape;
 
 // fp32 sums of up to 2,500 products of unit normals, exponentials within 2 ulp, against doubles;
 // tiles keep 16 bits of queries and probabilities, 2^-17 of scores of up to 8.
@@ -105,6 +106,27 @@ TEST_F(CudaAttention, NeighboursChangeNoBit) {
   c.Rewind();
   c.Step(*backend_, {1200, 0}, false);
   EXPECT_EQ(c.out()[0], both[0]);
+}
+
+TEST_F(CudaAttention, ABf16OutIsTheF32OneRounded) {
+  for (int dim : {4, 33, 64, 80, 256}) {
+    for (DType cache : {DType::kF32, DType::kBF16}) {
+      for (int chunk : {1, 7, 300}) {  // row by row, and in tiles
+        AttentionShape shape{.dim = dim, .sinks = dim == 64, .dtype = cache};
+        const auto run = [&](DType out) {
+          shape.out = out;
+          AttentionCase c(shape, {90, 1, 300});
+          c.RunAll(*backend_, chunk);
+          return c.out();
+        };
+        auto want = run(DType::kF32);
+        for (std::vector<float>& sequence : want) {
+          for (float& x : sequence) x = FromBf16(ToBf16(x));
+        }
+        EXPECT_EQ(run(DType::kBF16), want) << "heads of " << dim << ", chunks of " << chunk;
+      }
+    }
+  }
 }
 
 TEST_F(CudaAttention, SpansEqualEager) {

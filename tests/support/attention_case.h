@@ -1,6 +1,7 @@
 #pragma once
 // A random attention problem with its cache, and a plain double-precision answer to it: every score
 // is kept, softmax is taken over the whole row.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -18,6 +19,7 @@ struct AttentionShape {
   bool sinks = false;
   DType dtype = DType::kBF16;
   int far_window = 8;
+  DType out = DType::kF32;  // BF16: answers are read back as floats
 };
 
 // Sequences of given lengths; all queries, keys and values are known, as if computed in one pass.
@@ -106,6 +108,7 @@ class AttentionCase {
       offsets.push_back(static_cast<int32_t>(all_probes.size()));
     }
     out.resize(q.size());
+    std::vector<uint16_t> out_half(q.size());
     std::vector<uint16_t> kh(kf.size()), vh(vf.size());
     for (size_t i = 0; i < kf.size(); ++i) kh[i] = ToBf16(kf[i]), vh[i] = ToBf16(vf[i]);
     const bool half = shape_.dtype == DType::kBF16;
@@ -121,7 +124,8 @@ class AttentionCase {
       backend.CopyIn(buffer.data(), values.data(), bytes);
       return reinterpret_cast<T*>(buffer.data());
     };
-    auto* out_there = on_device(out);
+    const bool narrow = shape_.out == DType::kBF16;
+    void* out_there = narrow ? static_cast<void*>(on_device(out_half)) : on_device(out);
     auto* records_there = on_device(records);
     cache_.arena = on_device(arena_);
     cache_.table = on_device(table);
@@ -133,7 +137,7 @@ class AttentionCase {
     a.value =
         View::Matrix(half ? static_cast<void*>(on_device(vh)) : on_device(vf), shape_.dtype, n, kn)
             .Heads(shape_.kv_heads);
-    a.out = View::Matrix(out_there, DType::kF32, n, qn).Heads(shape_.heads);
+    a.out = View::Matrix(out_there, shape_.out, n, qn).Heads(shape_.heads);
     a.cache = cache_;
     a.batch = {static_cast<int>(members.size()),
                n,
@@ -158,11 +162,13 @@ class AttentionCase {
     backend.Run(backend.ops().Attention, a);
     backend.Run(backend.ops().StoreKv, {a.key, a.value, cache_, a.batch, shape_.window});
     if (!backend.host_memory()) {
-      backend.CopyOut(out.data(), out_there, out.size() * sizeof(float));
+      void* home = narrow ? static_cast<void*>(out_half.data()) : out.data();
+      backend.CopyOut(home, out_there, a.out.bytes());
       backend.CopyOut(records.data(), records_there, records.size() * sizeof(SpanRecord));
       backend.CopyOut(arena_.data(), cache_.arena, arena_.size());
       cache_.arena = arena_.data();
     }
+    if (narrow) std::transform(out_half.begin(), out_half.end(), out.begin(), FromBf16);
     for (size_t m = 0; m < members.size(); ++m) {
       const int s = members[m];
       out_[s].insert(out_[s].end(), out.begin() + row_begin[m] * qn,
