@@ -72,18 +72,20 @@ struct Model::Layer {
   }
 };
 
-// Activations of one step, each [max_rows, …]; a step uses the first rows.
+// Activations of one step, each [max_rows, …]; a step uses the first rows. All F32, but what a
+// product takes may be narrower in the same memory.
 struct Model::Workspace {
-  View residual;    // [rows, dim]
-  View normed;      // [rows, dim]: the residual as the next block takes it
-  View branch;      // [rows, dim]: what the mixer or the MLP adds
-  View qkv;         // [rows, q + k + v columns of the widest layer]
-  View key, value;  // [rows, kv columns] in the cache's dtype
-  View attention;   // [rows, q columns]
-  View gate_up;     // [rows, 2 * intermediate]
-  View activated;   // [rows, intermediate]
-  View last;        // [max_logit_rows, dim]
-  View logits;      // [max_logit_rows, vocab]
+  View residual;     // [rows, dim]
+  View normed;       // [rows, dim]: the residual as the next block takes it
+  View branch;       // [rows, dim]: what the mixer or the MLP adds
+  View qkv;          // [rows, q + k + v columns of the widest layer]
+  View key, value;   // [rows, kv columns] in the cache's dtype
+  View attention;    // [rows, q columns]
+  View gate_up;      // [rows, 2 * intermediate]
+  View activated;    // [rows, intermediate]
+  View last;         // [max_logit_rows, dim]
+  View last_normed;  // [max_logit_rows, dim]
+  View logits;       // [max_logit_rows, vocab]
 };
 
 namespace {
@@ -252,6 +254,7 @@ void Model::AllocateWorkspace() {
   work_->gate_up = matrix(rows, 2 * intermediate, DType::kF32);
   work_->activated = matrix(rows, intermediate, DType::kF32);
   work_->last = matrix(logit_rows, spec_.dim, DType::kF32);
+  work_->last_normed = matrix(logit_rows, spec_.dim, DType::kF32);
   work_->logits = matrix(logit_rows, spec_.vocab, DType::kF32);
 }
 
@@ -297,8 +300,7 @@ View Model::Issue(const Step& step) {
   const View residual = work_->residual.Rows(rows);
 
   backend_.Run(ops.Embed, {embedding_, step.tokens, residual, spec_.embedding_scale});
-  backend_.Run(ops.RmsNorm,
-               {residual, layers_[0].mixer_norm, work_->normed.Rows(rows), spec_.norm_eps});
+  backend_.Run(ops.RmsNorm, {residual, layers_[0].mixer_norm, Qkv(rows, 0).x, spec_.norm_eps});
   for (size_t l = 0; l < layers_.size(); ++l) {
     RunMixer(step, static_cast<int>(l));
     RunMlp(rows, static_cast<int>(l));
@@ -314,10 +316,30 @@ View Model::Logits(const View& rows) {
   if (wanted == 0) return logits;
   const View last = work_->last.Rows(wanted);
   backend_.Run(ops.Gather, {work_->residual, rows, last});
-  backend_.Run(ops.RmsNorm, {last, final_norm_, last, spec_.norm_eps});
-  backend_.Run(ops.MatMul, {.x = last, .parts = {output_}, .part_count = 1, .out = logits});
+  const MatMulArgs product = Product(work_->last_normed.Rows(wanted), {output_}, logits);
+  backend_.Run(ops.RmsNorm, {last, final_norm_, product.x, spec_.norm_eps});
+  backend_.Run(ops.MatMul, product);
   if (spec_.logit_softcap > 0) backend_.Run(ops.Softcap, {logits, spec_.logit_softcap});
   return logits;
+}
+
+MatMulArgs Model::Product(const View& x, std::initializer_list<View> parts, const View& out) const {
+  MatMulArgs product{.x = x, .parts = {}, .part_count = static_cast<int>(parts.size()), .out = out};
+  std::copy(parts.begin(), parts.end(), product.parts);
+  product.x.dtype = backend_.ProductInput(product);
+  return product;
+}
+
+MatMulArgs Model::Qkv(int64_t rows, int index) const {
+  const Layer& l = layers_[index];
+  return Product(work_->normed.Rows(rows), {l.q, l.k, l.v},
+                 Packed(work_->qkv, rows, l.q.shape[0] + l.k.shape[0] + l.v.shape[0]));
+}
+
+MatMulArgs Model::GateUp(int64_t rows, int index) const {
+  const Layer& l = layers_[index];
+  return Product(work_->normed.Rows(rows), {l.gate, l.up},
+                 Packed(work_->gate_up, rows, l.gate.shape[0] + l.up.shape[0]));
 }
 
 void Model::RunMixer(const Step& step, int index) {
@@ -328,11 +350,9 @@ void Model::RunMixer(const Step& step, int index) {
   const int64_t q_columns = static_cast<int64_t>(a.heads) * a.head_dim;
   const int64_t kv_columns = static_cast<int64_t>(a.kv_heads) * a.head_dim;
 
-  const View qkv = Packed(work_->qkv, rows, q_columns + 2 * kv_columns);
-  backend_.Run(ops.MatMul, {.x = work_->normed.Rows(rows),
-                            .parts = {layer.q, layer.k, layer.v},
-                            .part_count = 3,
-                            .out = qkv});
+  const MatMulArgs product = Qkv(rows, index);
+  const View& qkv = product.out;
+  backend_.Run(ops.MatMul, product);
   // In the cache's dtype before attention sees them, so that a key counts the same in flight and
   // cached.
   const View key = Packed(work_->key, rows, kv_columns).Heads(a.kv_heads);
@@ -347,7 +367,8 @@ void Model::RunMixer(const Step& step, int index) {
                                 .interleaved = a.rope.has_value() && a.rope->interleaved,
                                 .eps = spec_.norm_eps});
 
-  const View attended = Packed(work_->attention, rows, q_columns);
+  const MatMulArgs output =
+      Product(Packed(work_->attention, rows, q_columns), {layer.o}, work_->branch.Rows(rows));
   SpanRequest spans = step.spans;
   if (spans.count > 0) {
     spans.records = step.span_records + static_cast<int64_t>(index) * spans.count * max_heads_;
@@ -355,7 +376,7 @@ void Model::RunMixer(const Step& step, int index) {
   backend_.Run(ops.Attention, {.query = qkv.Columns(0, q_columns).Heads(a.heads),
                                .key = key,
                                .value = value,
-                               .out = attended.Heads(a.heads),
+                               .out = output.x.Heads(a.heads),
                                .cache = step.caches[index],
                                .batch = step.batch,
                                .scale = a.scale,
@@ -365,37 +386,34 @@ void Model::RunMixer(const Step& step, int index) {
                                .spans = spans});
   backend_.Run(ops.StoreKv, {key, value, step.caches[index], step.batch, a.window.value_or(0)});
 
-  const View branch = work_->branch.Rows(rows);
-  backend_.Run(ops.MatMul, {.x = attended, .parts = {layer.o}, .part_count = 1, .out = branch});
-  AddBranch(rows, layer.mixer_post_norm, layer.mlp_norm);
+  backend_.Run(ops.MatMul, output);
+  AddBranch(rows, layer.mixer_post_norm, layer.mlp_norm, GateUp(rows, index).x);
 }
 
 void Model::RunMlp(int64_t rows, int index) {
   const OpTable& ops = backend_.ops();
   const Layer& layer = layers_[index];
   const MlpSpec& mlp = *spec_.layers[index].mlp;
-  const View gate_up = Packed(work_->gate_up, rows, 2 * mlp.intermediate);
-  const View activated = Packed(work_->activated, rows, mlp.intermediate);
-
-  backend_.Run(ops.MatMul, {.x = work_->normed.Rows(rows),
-                            .parts = {layer.gate, layer.up},
-                            .part_count = 2,
-                            .out = gate_up});
-  backend_.Run(ops.GatedActivation, {gate_up, activated, mlp.activation});
-  backend_.Run(
-      ops.MatMul,
-      {.x = activated, .parts = {layer.down}, .part_count = 1, .out = work_->branch.Rows(rows)});
-  // After the last layer there is no next norm: the final one takes only rows that need logits.
-  const bool last = static_cast<size_t>(index) + 1 == layers_.size();
-  AddBranch(rows, layer.mlp_post_norm, last ? View() : layers_[index + 1].mixer_norm);
+  const MatMulArgs product = GateUp(rows, index);
+  const MatMulArgs down = Product(Packed(work_->activated, rows, mlp.intermediate), {layer.down},
+                                  work_->branch.Rows(rows));
+  backend_.Run(ops.MatMul, product);
+  backend_.Run(ops.GatedActivation, {product.out, down.x, mlp.activation});
+  backend_.Run(ops.MatMul, down);
+  if (static_cast<size_t>(index) + 1 < layers_.size()) {
+    AddBranch(rows, layer.mlp_post_norm, layers_[index + 1].mixer_norm, Qkv(rows, index + 1).x);
+  } else {  // the final norm takes only rows that need logits
+    AddBranch(rows, layer.mlp_post_norm, {}, {});
+  }
 }
 
-void Model::AddBranch(int64_t rows, const View& post_norm, const View& next_norm) {
+void Model::AddBranch(int64_t rows, const View& post_norm, const View& next_norm,
+                      const View& normed) {
   backend_.Run(backend_.ops().AddRmsNorm, {.x = work_->branch.Rows(rows),
                                            .x_weight = post_norm,
                                            .residual = work_->residual.Rows(rows),
                                            .weight = next_norm,
-                                           .out = work_->normed.Rows(rows),
+                                           .out = normed,
                                            .eps = spec_.norm_eps});
 }
 

@@ -1,6 +1,7 @@
 #pragma once
 // A model: its spec and canonical weights on one backend. Forward is const and keeps no per-request
 // state, but uses the model's one activation workspace: one thread at a time (the engine's).
+#include <initializer_list>
 #include <memory>
 #include <string>
 #include <vector>
@@ -52,10 +53,17 @@ class Model {
   View Issue(const Step& step);
   absl::Status BindWeights();
   void AllocateWorkspace();
+  // A product of packed x, which takes the type that the backend multiplies: its memory is yet to
+  // be written.
+  MatMulArgs Product(const View& x, std::initializer_list<View> parts, const View& out) const;
+  // A layer's products of the normed residual.
+  MatMulArgs Qkv(int64_t rows, int index) const;
+  MatMulArgs GateUp(int64_t rows, int index) const;
   void RunMixer(const Step& step, int index);
   void RunMlp(int64_t rows, int index);
-  // Adds the block's branch to the residual and norms that for the next block (empty: none).
-  void AddBranch(int64_t rows, const View& post_norm, const View& next_norm);
+  // Adds the block's branch to the residual and norms that for the next block (empty: none) into
+  // `normed`.
+  void AddBranch(int64_t rows, const View& post_norm, const View& next_norm, const View& normed);
 
   ModelSpec spec_;
   ModelOptions options_;

@@ -6,7 +6,9 @@
 #include <fstream>
 #include <random>
 
+#include "tests/support/full_op_table.h"
 #include "tests/support/golden.h"
+#include "tests/support/host_backend.h"
 #include "tests/support/model_runner.h"
 #include "tests/support/paths.h"
 
@@ -29,6 +31,58 @@ struct Setting {
   const char* simd;
   DType cache;
 };
+
+// Ops that only tell what was made for the next product, and whether that took it so.
+struct Watch : BackendContext {
+  explicit Watch(int narrow_parts) : narrow_parts(narrow_parts) {}
+  DType Input(const MatMulArgs& product) const {
+    return product.part_count == narrow_parts ? DType::kBF16 : DType::kF32;
+  }
+  int narrow_parts;
+  View made;
+  size_t products = 0;
+};
+
+class NarrowBackend : public HostBackend {
+ public:
+  explicit NarrowBackend(Watch& watch) : HostBackend(Ops(), &watch), watch_(watch) {}
+  DType ProductInput(const MatMulArgs& product) const override { return watch_.Input(product); }
+
+ private:
+  template <class Args>
+  static void Make(BackendContext& context, const Args& args) {
+    if (!args.out.empty()) static_cast<Watch&>(context).made = args.out;
+  }
+  static OpTable Ops() {
+    OpTable ops = testing::FullOpTable();
+    ops.RmsNorm.function = Make;
+    ops.AddRmsNorm.function = Make;
+    ops.Attention.function = Make;
+    ops.GatedActivation.function = Make;
+    ops.MatMul.function = [](BackendContext& context, const MatMulArgs& a) {
+      auto& watch = static_cast<Watch&>(context);
+      ++watch.products;
+      EXPECT_EQ(a.x.data, watch.made.data);
+      EXPECT_EQ(a.x.elements(), watch.made.elements());
+      EXPECT_EQ(a.x.stride[0], watch.made.stride[0]);
+      EXPECT_EQ(a.x.dtype, watch.Input(a));
+      EXPECT_EQ(watch.made.dtype, a.x.dtype);
+    };
+    return ops;
+  }
+  const Watch& watch_;
+};
+
+TEST(ProductInputs, AreMadeInTheTypeThatTheBackendTakes) {
+  for (int narrow_parts : {0, 1, 2, 3}) {
+    Watch watch(narrow_parts);
+    NarrowBackend backend(watch);
+    const auto model =
+        LoadTestModel(testing::SourcePath("tests/golden/swa_hybrid_nope"), backend, DType::kBF16);
+    ModelRunner(backend, *model, 1, 64).Feed(0, RandomTokens(20, 50, 1), 20);
+    EXPECT_EQ(watch.products, 4 * model->spec().layers.size() + 1);
+  }
+}
 
 class Forward : public ::testing::TestWithParam<Setting> {
  protected:

@@ -1,5 +1,5 @@
 #pragma once
-// A backend of ordinary memory and no ops, for tests of what only stores and copies.
+// A backend of ordinary memory, for tests of what stores and copies; of no ops unless given.
 #include <cstdlib>
 #include <cstring>
 
@@ -9,7 +9,8 @@ namespace longspan {
 
 class HostBackend : public Backend {
  public:
-  HostBackend() : Backend("host", nullptr, OpTable(), /*host_memory=*/true) {}
+  explicit HostBackend(const OpTable& ops = OpTable(), BackendContext* context = nullptr)
+      : Backend("host", context, ops, /*host_memory=*/true) {}
 
   Buffer Allocate(size_t bytes) override {
     if (bytes > refuse_above) return Buffer();
