@@ -25,7 +25,7 @@ struct BenchOptions {
   std::vector<BenchItem> prompts, contexts;
   std::vector<int64_t> batches = {1, 8};
   int64_t cache_bytes = 0;
-  int max_context = 0;
+  int max_context = 0, page_tokens = 16;
   int tokens = 64, repeats = 3, threads = 0, max_batched_tokens = 512;
   int requests = 64, concurrency = 8;
   bool json = false, ops = true;

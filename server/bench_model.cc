@@ -128,6 +128,7 @@ absl::StatusOr<std::unique_ptr<OfflineBench>> OfflineBench::Open(
   EngineOptions engine_options;
   engine_options.cache_bytes = options.cache_bytes;
   engine_options.max_context = options.max_context;
+  engine_options.page_tokens = options.page_tokens;
   engine_options.limits.max_batched_tokens = options.max_batched_tokens;
   for (const Workload& work : works) {
     int& most = engine_options.limits.max_running;

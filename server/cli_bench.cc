@@ -53,6 +53,7 @@ int RunBench(int argc, char** argv) {
   flags.Int("max-context", &options.max_context, "0 is the model's", 0);
   flags.Bytes("cache-bytes", &options.cache_bytes,
               "cache memory; 0 is what serve takes, on a GPU 0.9 of what the weights leave");
+  flags.Int("page-tokens", &options.page_tokens, "tokens of a cache page, as in serve", 1, 1024);
   flags.Choice("kv-dtype", &options.kv_dtype, {"bf16", "f32"}, "type of cached keys and values");
   flags.Bool("ops", &options.ops, "show each op");
   flags.Section("Against a server");
