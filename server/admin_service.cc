@@ -99,6 +99,7 @@ class DrainCall : public grpc::ServerWriteReactor<v1::DrainResponse> {
       until_ = absl::Now() + grace;
     }
     frontend_.drain();
+    stream_ = frontend_.watchdog.Add([context] { context->TryCancel(); });
     Report();
   }
 
@@ -112,9 +113,11 @@ class DrainCall : public grpc::ServerWriteReactor<v1::DrainResponse> {
     response_.set_running_requests(stats.running);
     response_.set_queued_requests(stats.queued);
     response_.set_done(frontend_.engine.Idle());
+    frontend_.watchdog.WriteBegan(stream_);
     StartWrite(&response_);
   }
   void OnWriteDone(bool ok) override {
+    frontend_.watchdog.WriteEnded(stream_);
     if (!ok) return Leave();
     if (response_.done()) {
       if (shutdown_) frontend_.request_shutdown();
@@ -136,10 +139,14 @@ class DrainCall : public grpc::ServerWriteReactor<v1::DrainResponse> {
     cancelled_.store(true);
     alarm_.Cancel();
   }
-  void OnDone() override { delete this; }
+  void OnDone() override {
+    if (stream_ != 0) frontend_.watchdog.Remove(stream_);
+    delete this;
+  }
 
   const Frontend& frontend_;
   const bool shutdown_;
+  uint64_t stream_ = 0;
   absl::Time until_ = absl::InfiniteFuture();
   v1::DrainResponse response_;
   grpc::Alarm alarm_;

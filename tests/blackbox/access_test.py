@@ -1,6 +1,7 @@
 """Keys and certificates, as operators give them and as clients and strangers meet them."""
 
 import os
+import shutil
 import subprocess
 import tempfile
 import time
@@ -312,6 +313,24 @@ class Tls(unittest.TestCase):
             self.assertLess(time.monotonic(), end, "the new certificate is not used")
             time.sleep(0.5)
         self.assertEqual(self.outcome(server), "UNAVAILABLE")
+
+    def test_renewed_authorities_of_clients_are_taken_without_a_restart(self):
+        trusted = self.files["trusted.pem"]
+        shutil.copy(self.files["ca.pem"], trusted)
+        server = self.serve("--ssl-ca-certs", trusted, "--ssl-cert-reqs", "2")
+        self.assertEqual(self.outcome(server, client="client"), "OK")
+        shutil.copy(self.files["other.pem"], trusted)
+        end = time.monotonic() + 30
+        while self.outcome(server, client="stranger") != "OK":
+            self.assertLess(time.monotonic(), end, "the new authorities are not used")
+            time.sleep(0.5)
+        self.assertEqual(self.outcome(server, client="client"), "UNAVAILABLE")
+
+    def test_health_beside_a_server_with_certificates_needs_only_the_environment(self):
+        server = self.serve()
+        done = longspan("health", "--server", server.grpc, LONGSPAN_SSL_CERTFILE=self.files["server.pem"],
+                        LONGSPAN_SSL_KEYFILE=self.files["server.key"], LONGSPAN_CLIENT_SSL_CA_CERTS=self.files["ca.pem"])
+        self.assertEqual((done.returncode, done.stdout[:5]), (0, "ready"), done.stderr)
 
     def test_keys_are_asked_for_over_tls_too(self):
         with open(self.files["keys"], "w", encoding="ascii") as file:

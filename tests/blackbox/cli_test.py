@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import tempfile
+import time
 import unittest
 
 from harness import Server, completion
@@ -27,6 +28,16 @@ class Commands(unittest.TestCase):
         done = longspan(command, *arguments, **{**beside, **environment})
         self.assertEqual(done.returncode, 0, done.stderr)
         return done.stdout
+
+    def logged(self, *parts):
+        """The server's line that has them all; another thread reads what it says."""
+        end = time.monotonic() + 10
+        while time.monotonic() < end:
+            for line in list(self.server.log):
+                if all(part in line for part in parts):
+                    return line
+            time.sleep(0.02)
+        return self.fail(f"no line with {parts}")
 
     def test_clients_share_an_environment_with_a_server(self):
         text = self.ask("complete", "--prompt", "Once", "--max-tokens", "4", "--temperature", "0", "--json")
@@ -61,9 +72,13 @@ class Commands(unittest.TestCase):
 
     def test_a_prompts_beginning_is_logged_where_asked_for(self):
         self.server.inference.Complete(completion("Tell it as it was", max_tokens=1, request_id="logged"))
-        line, = [line for line in self.server.log if " prompt " in line and "request_id=logged" in line]
-        self.assertIn('text="Tell it as"', line)
+        self.assertIn('text="Tell it as"', self.logged(" prompt ", "request_id=logged"))
         self.assertNotIn("as it was", "".join(self.server.log))
+
+    def test_the_trace_of_a_call_is_logged(self):
+        trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+        self.server.inference.Complete(completion(max_tokens=1, request_id="traced"), metadata=(("traceparent", trace),))
+        self.logged("request_id=traced", trace)
 
     def test_a_refused_request_is_logged_by_its_id(self):
         done = longspan("complete", "--server", self.server.grpc, "--prompt", "x", "--max-tokens", "20000")
@@ -71,8 +86,7 @@ class Commands(unittest.TestCase):
         self.assertNotIn("is a server running there", done.stderr)
         with self.assertRaises(Exception):
             self.server.inference.Complete(completion(max_tokens=20000, request_id="too-long"))
-        self.assertTrue(self.server.wait_idle())
-        self.assertTrue([line for line in self.server.log if "request_id=too-long" in line and "INVALID" in line])
+        self.logged("request_id=too-long", "INVALID_ARGUMENT")
 
 
 class Exits(unittest.TestCase):
