@@ -20,12 +20,14 @@ import stack
 KUBERNETES = stack.ROOT / "deploy/kubernetes"
 PLACES = [KUBERNETES / "base", *sorted(path.parent for path in KUBERNETES.glob("overlays/*/kustomization.yaml"))]
 # Overlays of one's own: on cuda, with these components.
-COMBINED = {"pool": ["monitoring", "keda", "inferencepool"], "closed": ["monitoring", "keda", "secured"]}
+COMBINED = {"pool": ["monitoring", "keda", "inferencepool"], "closed": ["monitoring", "keda", "secured"],
+            "closed pods": ["podmonitor", "secured"]}
 VERSION = "1.32"
 
 # Made from the CRDs of KEDA 2.16 and of the Prometheus operator 0.80.
 MODELS = {
     "keda.sh/v1alpha1 ScaledObject": keda.ScaledObject,
+    "monitoring.coreos.com/v1 PodMonitor": operator.PodMonitor,
     "monitoring.coreos.com/v1 PrometheusRule": operator.PrometheusRule,
     "monitoring.coreos.com/v1 ServiceMonitor": operator.ServiceMonitor,
 }
@@ -93,9 +95,24 @@ class Rendered(unittest.TestCase):
 
     def test_there_is_every_overlay(self):
         components = {path.parent.name for path in KUBERNETES.glob("components/*/kustomization.yaml")}
-        self.assertEqual(components, {"keda", "inferencepool", "monitoring", "secured"})
+        self.assertEqual(components, {"keda", "inferencepool", "monitoring", "podmonitor", "secured"})
         self.assertEqual({place.name for place in PLACES}, {"base", "cpu", "cuda"} | components)
         self.assertEqual(set().union(*COMBINED.values()), components)
+
+    def test_no_overlay_counts_a_server_twice(self):
+        for place, resources in self.rendered.items():
+            monitors = [r["kind"] for r in resources if r["kind"] in ("ServiceMonitor", "PodMonitor")]
+            self.assertLessEqual(len(monitors), 1, place)
+
+    def test_where_keys_are_asked_for_every_scrape_shows_one(self):
+        for place, kind, field in (("closed", "ServiceMonitor", "endpoints"),
+                                   ("closed pods", "PodMonitor", "podMetricsEndpoints")):
+            for scrape in self.find(place, kind)["spec"][field]:
+                self.assertEqual(scrape["authorization"], {"credentials": {"name": "longspan-keys", "key": "scraper"}})
+
+    def test_both_monitors_scrape_alike(self):
+        pods = self.find("podmonitor", "PodMonitor")["spec"]["podMetricsEndpoints"]
+        self.assertEqual(pods, self.find("monitoring", "ServiceMonitor")["spec"]["endpoints"])
 
     def test_every_resource_is_as_its_schema_says(self):
         for place, resources in self.rendered.items():
@@ -115,6 +132,7 @@ class Rendered(unittest.TestCase):
                 ("monitoring", "ServiceMonitor", "endpoints.0.relabelings.0", {"action": "rename"}),
                 ("monitoring", "ServiceMonitor", "endpoints.0", {"every": "5s"}),
                 ("monitoring", "ServiceMonitor", "endpoints.0", {"interval": "5 seconds"}),
+                ("podmonitor", "PodMonitor", "podMetricsEndpoints.0", {"every": "5s"}),
                 ("monitoring", "PrometheusRule", "groups.1.rules.0", {"four": "1m"})):
             with self.subTest(kind=kind, wrong=wrong):
                 resource = copy.deepcopy(self.find(place, kind))
