@@ -43,8 +43,14 @@ std::shared_ptr<grpc::Channel> TestServer::NewChannel(grpc::ChannelArguments arg
   arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
   arguments.SetMaxSendMessageSize(-1);
   arguments.SetMaxReceiveMessageSize(-1);
-  return grpc::CreateCustomChannel(absl::StrCat("127.0.0.1:", server_->grpc_port()),
-                                   grpc::InsecureChannelCredentials(), arguments);
+  auto channel = grpc::CreateCustomChannel(absl::StrCat("127.0.0.1:", server_->grpc_port()),
+                                           grpc::InsecureChannelCredentials(), arguments);
+  // gRPC 1.51 reads connect()'s errno only after it has allocated memory, which may have set
+  // another (glibc's ninth arena leaves ENOENT where /sys is not mounted): the first attempt then
+  // fails for nothing and calls that do not wait see UNAVAILABLE. A channel tries again.
+  EXPECT_TRUE(
+      channel->WaitForConnected(std::chrono::system_clock::now() + std::chrono::seconds(20)));
+  return channel;
 }
 
 grpc::Status CallRaw(const std::shared_ptr<grpc::Channel>& channel, const std::string& method,

@@ -30,7 +30,7 @@ class TestServer {
   std::unique_ptr<v1::InferenceService::Stub> inference() {
     return v1::InferenceService::NewStub(channel_);
   }
-  // A connection of its own, so that flow control of one client does not touch others.
+  // A connection of its own, up, so that flow control of one client does not touch others.
   std::shared_ptr<grpc::Channel> NewChannel(grpc::ChannelArguments arguments = {});
   bool shutdown_requested() const { return shutdown_requested_; }
 
