@@ -9,7 +9,7 @@
 //    chunk of its sequence the row arrived (CPU: bitwise);
 //  - sums are accumulated in fp32 or wider; activations are F32 unless an op says otherwise. An out
 //    that may be BF16 may be so where Backend::ProductInput asks for it, and is then the F32 result
-//    rounded to nearest even;
+//    rounded to nearest even, but for what Attention says;
 //  - ops take effect in call order and never allocate memory that outlives the call.
 #include <cstdint>
 
@@ -99,7 +99,7 @@ struct RaggedBatch {
 // to absolute positions, so chunking never changes a result. query, out: [rows, heads, head_dim]
 // F32, or out BF16; key, value: [rows, kv_heads, head_dim] in the cache's dtype. softcap c > 0:
 // logits become c * tanh(logit / c). sinks: [heads] F32 or empty: one extra logit per head that
-// takes mass and adds no value.
+// takes mass and adds no value. For a BF16 out, queries and probabilities may be rounded to it too.
 struct AttentionArgs {
   View query, key, value, out;
   KvView cache;

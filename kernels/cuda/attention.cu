@@ -216,10 +216,13 @@ __global__ void __launch_bounds__(kSpanWarps* kWarp) Observe(const Problem p) {
   if (lane == 0) all[warp] = sums;
   __syncthreads();
   SpanRecord& record = request.records[int64_t{blockIdx.x} * p.heads + head];
+  // 1, but for what log_total misses where scores were of rounded queries.
+  float total = p.sinks != nullptr ? expf(p.sinks[head] - log_total) : 0;
+  for (const Sums& o : all) total += o.mass;
   if (threadIdx.x < kDistanceBuckets) {
     float sum = 0;
     for (int w = 0; w < kSpanWarps; ++w) sum += buckets[w][threadIdx.x];
-    record.mass_by_distance[threadIdx.x] = sum;
+    record.mass_by_distance[threadIdx.x] = sum / total;
   }
   if (threadIdx.x != 0) return;
   Sums s = all[0];
@@ -238,15 +241,16 @@ __global__ void __launch_bounds__(kSpanWarps* kWarp) Observe(const Problem p) {
     }
   }
   const float others = s.mass - s.sink;
-  record.far_mass = s.far;
-  record.sink_mass = s.sink;
+  record.far_mass = s.far / total;
+  record.sink_mass = s.sink / total;
   record.distance = s.distance > 0 ? s.distance / others : 0;
+  const float entropy = (s.entropy + s.mass * logf(total)) / total;
   record.entropy =
-      row.position > 0 ? fmaxf(0, s.entropy) / logf(static_cast<float>(row.position + 1)) : 0;
-  record.top_probability = expf(s.top_score - log_total);
+      row.position > 0 ? fmaxf(0, entropy) / logf(static_cast<float>(row.position + 1)) : 0;
+  record.top_probability = expf(s.top_score - log_total) / total;
   record.top_key = s.top_key;
-  record.probe_mass = s.probe;
-  record.beyond_window = s.beyond;
+  record.probe_mass = s.probe / total;
+  record.beyond_window = s.beyond / total;
 }
 
 template <class T, int kPer>
@@ -296,7 +300,7 @@ void Run(BackendContext& context, const AttentionArgs& a, const Problem& problem
       Launch<T, kPer>(context, p, std::min(most, end - p.first_row), a.cache.kv_heads);
     }
   }
-  if (any_tiled) AttendTiles(context, p);
+  if (any_tiled) (AttendsInWgmma(context, p) ? AttendWgmma : AttendTiles)(context, p);
   if (a.spans.count == 0) return;
   Observe<T, kPer><<<dim3(a.spans.count, p.heads), kSpanWarps * kWarp, 0, context.stream>>>(p);
 }

@@ -1,6 +1,6 @@
 #pragma once
-// What the two forms of Attention share: split rows (attention.cu), for steps of few rows of a
-// sequence, and tiles (attention_tiles.cu), for many.
+// What the forms of Attention share: split rows (attention.cu), for steps of few rows of a
+// sequence, and tiles (attention_tiles.cu, attention_wgmma.cu), for many.
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -26,7 +26,7 @@ struct Problem {
   int window, heads, dim, group;
   bool half_out;       // out is BF16
   bool whole_vectors;  // rows of keys and values may be read in vectors
-  float* log_total;    // [rows of the step, heads]: of the softmax, for spans
+  float* log_total;    // [rows of the step, heads]: of the softmax, about, for spans
 };
 
 // Row `j - start` of the step's own keys or values where j >= start, else the cache's position j.
@@ -117,5 +117,8 @@ constexpr int kTileRows = 16;
 bool AttendsInTiles(const Problem& problem);
 // The sequences that have at least kTileRows rows.
 void AttendTiles(BackendContext& context, const Problem& problem);
+// The same where a BF16 out allows queries and probabilities of that type, on sm_90a.
+bool AttendsInWgmma(const BackendContext& context, const Problem& problem);
+void AttendWgmma(BackendContext& context, const Problem& problem);
 
 }  // namespace longspan::cuda

@@ -108,10 +108,10 @@ TEST_F(CudaAttention, NeighboursChangeNoBit) {
   EXPECT_EQ(c.out()[0], both[0]);
 }
 
-TEST_F(CudaAttention, ABf16OutIsTheF32OneRounded) {
+TEST_F(CudaAttention, OfFewRowsABf16OutIsTheF32OneRounded) {
   for (int dim : {4, 33, 64, 80, 256}) {
     for (DType cache : {DType::kF32, DType::kBF16}) {
-      for (int chunk : {1, 7, 300}) {  // row by row, and in tiles
+      for (int chunk : {1, 7}) {
         AttentionShape shape{.dim = dim, .sinks = dim == 64, .dtype = cache};
         const auto run = [&](DType out) {
           shape.out = out;
@@ -126,6 +126,73 @@ TEST_F(CudaAttention, ABf16OutIsTheF32OneRounded) {
         EXPECT_EQ(run(DType::kBF16), want) << "heads of " << dim << ", chunks of " << chunk;
       }
     }
+  }
+}
+
+// With a BF16 out, tiles may round queries and probabilities to it as well, to 2^-9 of each. Scores
+// are sums of `dim` products of normals, scaled to a deviation of 1.5, so theirs are off by at most
+// some 6 deviations of 1.5 * 2^-9 / sqrt(3), that is 0.01; so are probabilities, relatively, and
+// answers of values of up to 4.5, whose own rounding adds 2^-9 of them.
+constexpr double kHalfTolerance = 0.03;
+
+TEST_F(CudaAttention, OfManyRowsABf16OutEqualsEager) {
+  for (int dim : {64, 80, 96, 128, 256}) {
+    for (int window : {0, 1, 64, 100, 130}) {
+      for (const auto& [heads, kv_heads] : {std::pair{4, 2}, {6, 1}, {2, 2}}) {
+        SCOPED_TRACE(::testing::Message() << dim << " " << window << " " << heads);
+        AttentionCase c({.heads = heads,
+                         .kv_heads = kv_heads,
+                         .dim = dim,
+                         .window = window,
+                         .softcap = window == 64 ? 2.0f : 0.0f,
+                         .sinks = window == 100,
+                         .out = DType::kBF16},
+                        {330, 16, 129, 1});
+        for (int chunk : {64, 1000}) {
+          c.RunAll(*backend_, chunk);
+          testing::ExpectEqualsEager(c, kHalfTolerance, 3);
+        }
+      }
+    }
+  }
+}
+
+TEST_F(CudaAttention, ChunkingChangesNoBitOfABf16OutInTiles) {
+  for (int dim : {64, 128, 256}) {
+    for (int window : {0, 40}) {
+      AttentionCase c({.dim = dim, .window = window, .out = DType::kBF16}, {704, 160});
+      c.RunAll(*backend_, 1000);
+      const auto whole = c.out();
+      for (int chunk : {16, 32, 352}) {
+        c.RunAll(*backend_, chunk);
+        EXPECT_EQ(c.out(), whole) << dim << " " << window << " " << chunk;
+      }
+    }
+  }
+}
+
+TEST_F(CudaAttention, LongContextsInTilesWithABf16OutEqualEager) {
+  for (int dim : {64, 128, 256}) {
+    for (int window : {0, 1024}) {
+      AttentionCase c({.heads = 2,
+                       .kv_heads = 1,
+                       .dim = dim,
+                       .window = window,
+                       .page_tokens = 64,
+                       .out = DType::kBF16},
+                      {5000});
+      c.RunAll(*backend_, 1024);
+      testing::ExpectEqualsEager(c, kHalfTolerance, 97);
+    }
+  }
+}
+
+TEST_F(CudaAttention, SpansOfRowsWithABf16OutEqualEager) {
+  for (bool sinks : {false, true}) {
+    AttentionCase c({.heads = 2, .kv_heads = 1, .dim = 64, .sinks = sinks, .out = DType::kBF16},
+                    {700});
+    c.RunAll(*backend_, 250, /*observe=*/true, {{300, 400}});
+    testing::ExpectSpansEqualEager(c, {{300, 400}}, kSpanTolerance, 41);
   }
 }
 
