@@ -52,8 +52,8 @@ struct AddRmsNormArgs {
 
 // out = x · weightᵀ, the parts' columns side by side: out[:, 0:n0] from parts[0] and so on (q|k|v
 // and gate|up are products of one input). x: [rows, in] F32, or BF16 where Backend::ProductInput
-// says so; parts: [n_i, in] any weight dtype; out: [rows, n0 + n1 + n2]. Quantised weights are
-// multiplied from their blocks.
+// says so; parts: [n_i, in] any weight dtype; out: [rows, n0 + n1 + n2] F32, or BF16 where x is.
+// Quantised weights are multiplied from their blocks.
 struct MatMulArgs {
   View x;
   View parts[3];
@@ -123,7 +123,8 @@ struct StoreKvArgs {
 
 enum class Activation : uint8_t { kSilu, kGeluTanh };
 
-// out = activation(gate) * up. gate_up: [rows, 2 * dim], gate first; out: [rows, dim], F32 or BF16.
+// out = activation(gate) * up. gate_up: [rows, 2 * dim], gate first, F32, or BF16 as MatMul's out;
+// out: [rows, dim], F32 or BF16.
 struct GatedActivationArgs {
   View gate_up, out;
   Activation activation = Activation::kSilu;

@@ -338,8 +338,10 @@ MatMulArgs Model::Qkv(int64_t rows, int index) const {
 
 MatMulArgs Model::GateUp(int64_t rows, int index) const {
   const Layer& l = layers_[index];
-  return Product(work_->normed.Rows(rows), {l.gate, l.up},
-                 Packed(work_->gate_up, rows, l.gate.shape[0] + l.up.shape[0]));
+  MatMulArgs product = Product(work_->normed.Rows(rows), {l.gate, l.up},
+                               Packed(work_->gate_up, rows, l.gate.shape[0] + l.up.shape[0]));
+  product.out.dtype = product.x.dtype;  // the largest activation, read once
+  return product;
 }
 
 void Model::RunMixer(const Step& step, int index) {

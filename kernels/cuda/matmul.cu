@@ -55,7 +55,9 @@ int Products(const MatMulArgs& a, Product (&products)[3]) {
 
 DType ProductInput(const MatMulArgs& a) {
   Product products[3];
-  const int count = Products(a, products);
+  MatMulArgs narrow = a;  // out may become BF16, which asks more of its columns
+  narrow.out.dtype = DType::kBF16;
+  const int count = Products(narrow, products);
   for (int i = 0; i < count; ++i) {
     Product& p = products[i];
     p.x.dtype = DType::kBF16;
@@ -66,7 +68,8 @@ DType ProductInput(const MatMulArgs& a) {
 
 void MatMul(BackendContext& context, const MatMulArgs& a) {
   CHECK(a.x.dtype == DType::kF32 || a.x.dtype == ProductInput(a)) << Info(a.x.dtype).name;
-  CHECK(a.out.dtype == DType::kF32);
+  CHECK(a.out.dtype == DType::kF32 || (a.out.dtype == DType::kBF16 && a.x.dtype == DType::kBF16))
+      << Info(a.out.dtype).name;
   CHECK_EQ(a.x.shape[0], a.out.shape[0]);
   const int64_t rows = a.x.shape[0], in = a.x.shape[1];
   if (rows == 0) return;

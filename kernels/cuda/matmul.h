@@ -9,7 +9,7 @@ namespace longspan::cuda {
 struct Product {
   View x;       // [rows, in] F32; BF16 only for MultiplyTiles
   View weight;  // [columns, in]
-  View out;     // [rows, columns] F32
+  View out;     // [rows, columns] F32; BF16 only for MultiplyTiles
   int64_t rows() const { return x.shape[0]; }
   int64_t in() const { return x.shape[1]; }
   int64_t columns() const { return weight.shape[0]; }

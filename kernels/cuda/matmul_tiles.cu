@@ -20,8 +20,8 @@ struct Plan {
 };
 
 struct TilePlans {
-  // type, rows, columns, in, x's and out's row stride
-  using Key = std::tuple<DType, int64_t, int64_t, int64_t, int64_t, int64_t>;
+  // type, out's type, rows, columns, in, x's and out's row stride
+  using Key = std::tuple<DType, DType, int64_t, int64_t, int64_t, int64_t, int64_t>;
   std::map<Key, Plan> plans;
 };
 
@@ -49,7 +49,7 @@ cudaDataType_t LibraryType(DType type) {
 }
 
 bool Make(BackendContext& context, const TilePlans::Key& key, Plan* plan) {
-  const auto [type, rows, columns, in, x_stride, out_stride] = key;
+  const auto [type, out_type, rows, columns, in, x_stride, out_stride] = key;
   const cublasOperation_t transposed = CUBLAS_OP_T;
   const size_t workspace = kLibraryBytes;
   cublasLtMatmulPreference_t preference = nullptr;
@@ -66,7 +66,8 @@ bool Make(BackendContext& context, const TilePlans::Key& key, Plan* plan) {
          "cuBLASLt") &&
       Ok(context, cublasLtMatrixLayoutCreate(&plan->x, LibraryType(type), in, rows, x_stride),
          "cuBLASLt") &&
-      Ok(context, cublasLtMatrixLayoutCreate(&plan->out, CUDA_R_32F, columns, rows, out_stride),
+      Ok(context,
+         cublasLtMatrixLayoutCreate(&plan->out, LibraryType(out_type), columns, rows, out_stride),
          "cuBLASLt") &&
       Ok(context, cublasLtMatmulPreferenceCreate(&preference), "cuBLASLt");
   if (!ok) return false;
@@ -95,18 +96,18 @@ bool Make(BackendContext& context, const TilePlans::Key& key, Plan* plan) {
 
 // out = x · weightᵀ, both of `type` in device memory.
 void Multiply(BackendContext& context, DType type, const void* weight, const void* x,
-              int64_t x_stride, int64_t rows, int64_t columns, int64_t in, float* out,
-              int64_t out_stride, void* library_memory) {
+              int64_t x_stride, int64_t rows, int64_t columns, int64_t in, DType out_type,
+              void* out, int64_t out_stride, void* library_memory) {
   if (context.tile_plans == nullptr) context.tile_plans = new TilePlans;
   auto& plans = context.tile_plans->plans;
-  const TilePlans::Key key{type, rows, columns, in, x_stride, out_stride};
+  const TilePlans::Key key{type, out_type, rows, columns, in, x_stride, out_stride};
   auto it = plans.find(key);
   if (it == plans.end()) {
     if (plans.size() >= kMostPlans) {
       FreeTilePlans(context.tile_plans);
       context.tile_plans = nullptr;
-      return Multiply(context, type, weight, x, x_stride, rows, columns, in, out, out_stride,
-                      library_memory);
+      return Multiply(context, type, weight, x, x_stride, rows, columns, in, out_type, out,
+                      out_stride, library_memory);
     }
     it = plans.emplace(key, Plan()).first;
     if (!Make(context, key, &it->second)) return;
@@ -141,7 +142,7 @@ void MultiplyTiles(BackendContext& context, const Product& p) {
   void* library = memory;
   void* rounded = memory + kLibraryBytes;
   auto* panel = reinterpret_cast<__nv_bfloat16*>(memory + kLibraryBytes + kXBytes);
-  const int64_t in = p.in(), out_stride = p.out.stride[0];
+  const int64_t in = p.in();
   const DType weight_type = p.weight.dtype, type = TileType(weight_type);
   const bool blocks = IsQuantised(weight_type), rounds = p.x.dtype != type;
   // Whether x comes rounded or not: sums in the library's order depend on how many rows it has.
@@ -175,8 +176,9 @@ void MultiplyTiles(BackendContext& context, const Product& p) {
         });
         weight = panel;
       }
+      void* out = static_cast<std::byte*>(p.out.row(row)) + BytesOf(p.out.dtype, column);
       Multiply(context, type, weight, x, rounds ? in : p.x.stride[0], rows, columns, in,
-               p.out.as<float>() + row * out_stride + column, out_stride, library);
+               p.out.dtype, out, p.out.stride[0], library);
     }
   }
 }

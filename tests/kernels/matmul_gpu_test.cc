@@ -31,9 +31,10 @@ class CudaMatMul : public ::testing::Test {
     cpu_ = Backend::Cpu({.threads = 8});
   }
 
-  // x is F32, or BF16 if `narrow`. Keeps what ProductInput says.
+  // x is F32, or BF16 if `narrow`, when out may be too. Keeps what ProductInput says.
   std::vector<float> Multiply(Backend& backend, const std::vector<float>& x, int64_t rows,
-                              const std::vector<Weights>& parts, bool narrow = false) {
+                              const std::vector<Weights>& parts, bool narrow = false,
+                              DType out_type = DType::kF32) {
     int64_t columns = 0, bytes = 0;
     for (const Weights& part : parts) {
       columns += part.rows;
@@ -56,7 +57,7 @@ class CudaMatMul : public ::testing::Test {
       args.parts[args.part_count++] = view;
     }
     args.x = View::Matrix(x_memory.data(), DType::kF32, rows, in);
-    args.out = View::Matrix(out_memory.data(), DType::kF32, rows, columns);
+    args.out = View::Matrix(out_memory.data(), out_type, rows, columns);
     input_ = backend.ProductInput(args);
     if (narrow) {
       std::vector<uint16_t> rounded(x.size());
@@ -66,7 +67,13 @@ class CudaMatMul : public ::testing::Test {
     }
     backend.Run(backend.ops().MatMul, args);
     std::vector<float> out(rows * columns);
-    backend.CopyOut(out.data(), out_memory.data(), out.size() * sizeof(float));
+    if (out_type == DType::kF32) {
+      backend.CopyOut(out.data(), out_memory.data(), args.out.bytes());
+    } else {
+      std::vector<uint16_t> rounded(out.size());
+      backend.CopyOut(rounded.data(), out_memory.data(), args.out.bytes());
+      std::transform(rounded.begin(), rounded.end(), out.begin(), FromBf16);
+    }
     EXPECT_EQ(backend.Fault(), "");
     return out;
   }
@@ -159,6 +166,24 @@ TEST_F(CudaMatMul, OfRoundedRowsIsTheSameWhereItRoundsThem) {
   EXPECT_TRUE(rounds({DType::kQ4_K, DType::kQ6_K, DType::kBF16}, 40));
   EXPECT_FALSE(rounds({DType::kQ4_K, DType::kBF16}, 20));
   EXPECT_FALSE(rounds({DType::kBF16, DType::kF16}, 40));
+}
+
+// The library may add in another order for it: 2^-24 for each of `in` additions, of terms that are
+// at most sqrt(in) times their sum's size here.
+TEST_F(CudaMatMul, ABf16OutIsTheF32OneRounded) {
+  constexpr int64_t kIn = 512;
+  for (const int64_t rows : {9, 40, 300}) {
+    const std::vector<float> x = RandomFloats(rows * kIn, random_);
+    const std::vector<Weights> parts = {RandomWeights(DType::kBF16, 192, kIn, random_),
+                                        RandomWeights(DType::kBF16, 192, kIn, random_)};
+    const std::vector<float> wide = Multiply(*gpu_, x, rows, parts, /*narrow=*/true),
+                             half = Multiply(*gpu_, x, rows, parts, /*narrow=*/true, DType::kBF16);
+    double size = 0;
+    for (const float y : wide) size = std::max<double>(size, std::fabs(y));
+    for (size_t i = 0; i < wide.size(); ++i) {
+      ASSERT_NEAR(half[i], wide[i], std::fabs(wide[i]) * 0x1p-8 + size * kIn * 0x1p-24) << i;
+    }
+  }
 }
 
 TEST_F(CudaMatMul, TakesNoRoundedRowsThatAreNotInWholeVectors) {
