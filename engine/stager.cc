@@ -85,6 +85,7 @@ StagedStep Stager::Stage(const std::vector<StageItem>& items, KvCache& cache) {
   step.spans.count = static_cast<int>(span_rows.size());
   if (!span_rows.empty()) {
     step.spans.rows = Ints(spans_at, span_rows.size()).as<int32_t>();
+    step.spans.host_rows = reinterpret_cast<const int32_t*>(host_.data() + spans_at);
     step.spans.far_window = model_.spec().window();
     if (!probes.empty()) {
       step.spans.probes = reinterpret_cast<const ProbeRange*>(block_.data() + probes_at);

@@ -36,10 +36,13 @@ struct ProbeRange {
 struct SpanRequest {
   const int32_t* rows = nullptr;  // [count] ascending query-row indices of the step
   int count = 0;
+  const int32_t* host_rows = nullptr;  // the same in host memory; nullptr: rows is
   int far_window = 0;  // W; 0 when the model has no window layer: far_mass is then 0
   const ProbeRange* probes = nullptr;      // ranges of all observed rows, one after another
   const int32_t* probe_offsets = nullptr;  // [count + 1] into probes; nullptr: no probes
   SpanRecord* records = nullptr;           // [count, heads]
+
+  const int32_t* HostRows() const { return host_rows ? host_rows : rows; }
 };
 
 }  // namespace longspan

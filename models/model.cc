@@ -265,16 +265,19 @@ View Packed(const View& area, int64_t rows, int64_t columns) {
   return View::Matrix(area.data, area.dtype, rows, columns);
 }
 
-// Every sequence has one row, and nothing is told but logits: steps of one number of sequences are
-// alike but for what lies in memory.
+// Every sequence has one row, and all rows or none are observed: steps of one number of sequences
+// are alike but for what lies in memory.
 bool OnlyDecodes(const Step& step) {
-  return step.batch.rows == step.batch.sequences && step.spans.count == 0 &&
+  return step.batch.rows == step.batch.sequences &&
+         (step.spans.count == 0 || step.spans.count == step.batch.rows) &&
          step.logit_rows.elements() == step.batch.rows;
 }
 
 uint64_t KeyOf(const Step& step, size_t layers) {
-  uint64_t key = absl::HashOf(step.batch.rows, step.tokens.data, step.positions.data,
-                              step.batch.row_begin, step.batch.start, step.logit_rows.data);
+  uint64_t key =
+      absl::HashOf(step.batch.rows, step.tokens.data, step.positions.data, step.batch.row_begin,
+                   step.batch.start, step.logit_rows.data, step.spans.rows, step.spans.probes,
+                   step.spans.probe_offsets, step.spans.far_window, step.span_records);
   for (size_t l = 0; l < layers; ++l) {
     const KvView& cache = step.caches[l];
     key = absl::HashOf(key, cache.arena, cache.key_offset, cache.value_offset, cache.table,

@@ -4,8 +4,9 @@
 //
 // A row's keys are cut into splits by the row's own length alone, so that its result depends
 // neither on its neighbours nor on the chunk it arrived in. A block makes one split's partial
-// result (attention_splits.cu where keys are bf16), a second kernel merges a row's splits in order,
-// and a third looks at observed rows again with the softmax's total known.
+// result (attention_splits.cu where keys are bf16), and a second kernel merges a row's splits in
+// order. Splits of observed rows also leave their scores, from which a third kernel makes records
+// (attention_spans.cu); of an observed row that is attended in a tile, splits are made for that.
 #include <algorithm>
 
 #include "kernels/cuda/attention.cuh"
@@ -16,8 +17,8 @@ namespace longspan::cuda {
 namespace {
 
 constexpr int kWarps = 4;  // of a partial block; they take its keys in turn
-constexpr int kKeys = 4;   // of a warp at a time: loads in flight before the first is used
-constexpr int kSpanWarps = 8;
+constexpr int kMergeThreads = 128;
+constexpr int kKeys = 4;  // of a warp at a time: loads in flight before the first is used
 
 template <class T>
 __device__ __forceinline__ const T* At(const Problem& p, const Row& row, int kv_head, int j,
@@ -53,7 +54,7 @@ __device__ __forceinline__ float Dot(const float (&a)[kPer], const float (&b)[kP
 }
 
 // grid: rows, KV heads times groups of kHeads query heads, kMaxSplits.
-template <class T, int kPer, int kHeads>
+template <class T, int kPer, int kHeads, bool kObserve>
 __global__ void __launch_bounds__(kWarps* kWarp) Partial(const Piece p) {
   const int row_index = p.first_row + blockIdx.x;
   const Row row(p, row_index);
@@ -93,6 +94,9 @@ __global__ void __launch_bounds__(kWarps* kWarp) Partial(const Piece p) {
       for (int k = 0; k < kKeys; ++k) {
         score[k] = Cap(Dot<kPer>(query[h], key[k]), p.softcap);
         if (j + k >= end) score[k] = -INFINITY;
+        if (kObserve && lane == 0 && h < heads && j + k < end) {
+          Scores(p, blockIdx.x, first_head + h)[j + k - row.first] = score[k];
+        }
         most = fmaxf(most, score[k]);
       }
       const float rescale = expf(highest[h] - most);
@@ -140,150 +144,122 @@ __global__ void __launch_bounds__(kWarps* kWarp) Partial(const Piece p) {
 }
 
 // grid: rows, heads.
-__global__ void Merge(const Piece p) {
+__global__ void __launch_bounds__(kMergeThreads) Merge(const Piece p) {
   const int row_index = p.first_row + blockIdx.x, head = blockIdx.y;
   const int splits = Row(p, row_index).splits;
   const int stride = p.dim + 2;
   const float* from = p.partial + (int64_t{blockIdx.x} * p.heads + head) * kMaxSplits * stride;
-  float top = p.sinks != nullptr ? p.sinks[head] : -INFINITY;
-  for (int s = 0; s < splits; ++s) top = fmaxf(top, from[s * stride + p.dim]);
-  float total = p.sinks != nullptr ? expf(p.sinks[head] - top) : 0.0f;
-  for (int s = 0; s < splits; ++s) {
-    total += expf(from[s * stride + p.dim] - top) * from[s * stride + p.dim + 1];
+  __shared__ float tops[kMaxSplits], factors[kMaxSplits];
+  static_assert(kMaxSplits <= kMergeThreads);
+  float split_total = 0;
+  if (threadIdx.x < splits) {
+    tops[threadIdx.x] = from[threadIdx.x * stride + p.dim];
+    split_total = from[threadIdx.x * stride + p.dim + 1];
   }
-  for (int d = threadIdx.x; d < p.dim; d += blockDim.x) {
+  __syncthreads();
+  float top = p.sinks != nullptr ? p.sinks[head] : -INFINITY;
+  for (int s = 0; s < splits; ++s) top = fmaxf(top, tops[s]);
+  __shared__ float totals[kMaxSplits];
+  if (threadIdx.x < splits) {
+    factors[threadIdx.x] = expf(tops[threadIdx.x] - top);
+    totals[threadIdx.x] = factors[threadIdx.x] * split_total;
+  }
+  __syncthreads();
+  float total = p.sinks != nullptr ? expf(p.sinks[head] - top) : 0.0f;
+  for (int s = 0; s < splits; ++s) total += totals[s];
+  for (int d = threadIdx.x; d < p.dim && p.out != nullptr; d += blockDim.x) {
     float sum = 0;
-    for (int s = 0; s < splits; ++s) {
-      sum += expf(from[s * stride + p.dim] - top) * from[s * stride + d];
-    }
+#pragma unroll 8
+    for (int s = 0; s < splits; ++s) sum += factors[s] * from[s * stride + d];
     StoreOut<1>(p, row_index * p.out_row + head * p.out_head + d, {sum / total});
   }
-  if (threadIdx.x == 0) p.log_total[int64_t{row_index} * p.heads + head] = top + logf(total);
+  if (p.scores != nullptr && threadIdx.x == 0) {
+    p.log_total[int64_t{blockIdx.x} * p.heads + head] = top + logf(total);
+  }
 }
 
-// Sums over keys of one head of one observed row, each key's probability known.
-struct Sums {
-  float mass = 0, far = 0, sink = 0, distance = 0, entropy = 0, probe = 0, beyond = 0, bucket = 0;
-  float top_score = -INFINITY;
-  int top_key = 0;
-};
-
-// grid: observed rows, heads. Lane b of a warp keeps bucket b.
-template <class T, int kPer>
-__global__ void __launch_bounds__(kSpanWarps* kWarp) Observe(const Problem p) {
-  const SpanRequest& request = p.spans;
-  const int row_index = request.rows[blockIdx.x], head = blockIdx.y;
-  const Row row(p, row_index);
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const float log_total = p.log_total[int64_t{row_index} * p.heads + head];
-  const int probes_begin = request.probe_offsets != nullptr ? request.probe_offsets[blockIdx.x] : 0;
-  const int probes_end =
-      request.probe_offsets != nullptr ? request.probe_offsets[blockIdx.x + 1] : 0;
-  float query[kPer];
-  Load<float, kPer>(p.query + row_index * p.query_row + head * p.query_head, p.dim, false, query);
-#pragma unroll
-  for (int i = 0; i < kPer; ++i) query[i] *= p.scale;
-
-  Sums sums;
-  for (int j = row.first + warp; j <= row.position; j += kSpanWarps) {
-    float key[kPer];
-    Load<T, kPer>(At<T>(p, row, head / p.group, j, false), p.dim, p.whole_vectors, key);
-    const float score = Cap(Dot<kPer>(query, key), p.softcap);
-    const float log_p = score - log_total, probability = expf(log_p);
-    const int back = row.position - j;
-    if (score > sums.top_score) sums.top_score = score, sums.top_key = j;
-    sums.mass += probability;
-    sums.entropy -= probability * log_p;
-    if (j < kSinkTokens) {
-      sums.sink += probability;
-    } else {
-      sums.distance += probability * static_cast<float>(back);
-      if (request.far_window > 0 && back >= request.far_window) sums.far += probability;
-    }
-    if (p.window > 0 && back >= p.window) sums.beyond += probability;
-    if (min(32 - __clz(back), kDistanceBuckets - 1) == lane) sums.bucket += probability;
-    for (int r = probes_begin; r < probes_end; ++r) {
-      if (j >= request.probes[r].begin && j < request.probes[r].end) {
-        sums.probe += probability;
-        break;
-      }
-    }
-  }
-
-  __shared__ Sums all[kSpanWarps];
-  __shared__ float buckets[kSpanWarps][kWarp];
-  buckets[warp][lane] = sums.bucket;
-  if (lane == 0) all[warp] = sums;
-  __syncthreads();
-  SpanRecord& record = request.records[int64_t{blockIdx.x} * p.heads + head];
-  // 1, but for what log_total misses where scores were of rounded queries.
-  float total = p.sinks != nullptr ? expf(p.sinks[head] - log_total) : 0;
-  for (const Sums& o : all) total += o.mass;
-  if (threadIdx.x < kDistanceBuckets) {
-    float sum = 0;
-    for (int w = 0; w < kSpanWarps; ++w) sum += buckets[w][threadIdx.x];
-    record.mass_by_distance[threadIdx.x] = sum / total;
-  }
-  if (threadIdx.x != 0) return;
-  Sums s = all[0];
-  for (int w = 1; w < kSpanWarps; ++w) {
-    const Sums& o = all[w];
-    s.mass += o.mass;
-    s.far += o.far;
-    s.sink += o.sink;
-    s.distance += o.distance;
-    s.entropy += o.entropy;
-    s.probe += o.probe;
-    s.beyond += o.beyond;
-    if (o.top_score > s.top_score || (o.top_score == s.top_score && o.top_key < s.top_key)) {
-      s.top_score = o.top_score;
-      s.top_key = o.top_key;
-    }
-  }
-  const float others = s.mass - s.sink;
-  record.far_mass = s.far / total;
-  record.sink_mass = s.sink / total;
-  record.distance = s.distance > 0 ? s.distance / others : 0;
-  const float entropy = (s.entropy + s.mass * logf(total)) / total;
-  record.entropy =
-      row.position > 0 ? fmaxf(0, entropy) / logf(static_cast<float>(row.position + 1)) : 0;
-  record.top_probability = expf(s.top_score - log_total) / total;
-  record.top_key = s.top_key;
-  record.probe_mass = s.probe / total;
-  record.beyond_window = s.beyond / total;
-}
-
-template <class T, int kPer>
-void Launch(BackendContext& context, const Piece& p, int rows, int kv_heads) {
+template <class T, int kPer, bool kObserve>
+void LaunchPartial(BackendContext& context, const Piece& p, int rows) {
   const auto Run = [&](auto kernel, int heads) {
     const int groups = (p.group + heads - 1) / heads;
-    kernel<<<dim3(rows, kv_heads * groups, MostSplits(p)), kWarps * kWarp, 0, context.stream>>>(p);
+    const dim3 grid(rows, p.cache.kv_heads * groups, MostSplits(p));
+    kernel<<<grid, kWarps * kWarp, 0, context.stream>>>(p);
   };
-  if (SplitsInVectors(p)) {
-    AttendSplits(context, p, rows, kv_heads);
-  } else if (p.group == 1) {
-    Run(Partial<T, kPer, 1>, 1);
-  } else if (p.group <= 2) {
-    Run(Partial<T, kPer, 2>, 2);
+  if (p.group == 1) {
+    Run(Partial<T, kPer, 1, kObserve>, 1);
+  } else if (p.group == 2) {
+    Run(Partial<T, kPer, 2, kObserve>, 2);
   } else {
-    Run(Partial<T, kPer, 4>, 4);
+    Run(Partial<T, kPer, 4, kObserve>, 4);
   }
-  Merge<<<dim3(rows, p.heads), std::min((p.dim + 31) / 32 * 32, 256), 0, context.stream>>>(p);
 }
 
+// Rows in splits, in as many pieces as the workspace asks for.
 template <class T, int kPer>
-void Run(BackendContext& context, const AttentionArgs& a, const Problem& problem) {
-  // The workspace holds log_total for all rows, then partial results of as many rows as fit.
-  Piece p = {problem};
-  const size_t total_bytes = (sizeof(float) * a.batch.rows * p.heads + 255) / 256 * 256;
-  const size_t row_bytes = sizeof(float) * p.heads * kMaxSplits * (p.dim + 2);
-  CHECK_LE(total_bytes + row_bytes, BackendContext::kWorkspaceBytes);
-  const int most = static_cast<int>(
-      std::min<size_t>(a.batch.rows, (BackendContext::kWorkspaceBytes - total_bytes) / row_bytes));
-  auto* memory = static_cast<std::byte*>(context.Workspace(total_bytes + most * row_bytes));
-  p.log_total = reinterpret_cast<float*>(memory);
-  p.partial = reinterpret_cast<float*>(memory + total_bytes);
+class Splits {
+ public:
+  Splits(BackendContext& context, const AttentionArgs& a, const Problem& problem)
+      : context_(context), spans_(a.spans), piece_{problem} {
+    const bool observes = spans_.count > 0;
+    piece_.score_stride = observes ? MostKeys(problem) : 0;
+    const size_t partial = sizeof(float) * problem.heads * kMaxSplits * (problem.dim + 2);
+    const size_t scores = sizeof(float) * problem.heads * (piece_.score_stride + 1);
+    CHECK_LE(partial + scores, BackendContext::kWorkspaceBytes);
+    most_ = static_cast<int>(
+        std::min<size_t>(a.batch.rows, BackendContext::kWorkspaceBytes / (partial + scores)));
+    auto* memory = static_cast<std::byte*>(context.Workspace(most_ * (partial + scores)));
+    piece_.partial = reinterpret_cast<float*>(memory);
+    log_total_ = reinterpret_cast<float*>(memory + most_ * partial);
+  }
 
+  void Run(int begin, int end) {
+    for (; begin < end; begin += most_) RunPiece(begin, std::min(most_, end - begin));
+  }
+  // Makes the records of observed rows, and nothing else.
+  void Observe(int begin, int end) {
+    piece_.out = nullptr;
+    for (int i = FirstObserved(begin); i < FirstObserved(end); ++i) {
+      RunPiece(spans_.HostRows()[i], 1);
+    }
+  }
+
+ private:
+  int FirstObserved(int row) const {
+    if (spans_.count == 0) return 0;
+    const int32_t* rows = spans_.HostRows();
+    return static_cast<int>(std::lower_bound(rows, rows + spans_.count, row) - rows);
+  }
+
+  void RunPiece(int first_row, int rows) {
+    Piece p = piece_;
+    p.first_row = first_row;
+    p.first_observed = FirstObserved(first_row);
+    const int observed = FirstObserved(first_row + rows) - p.first_observed;
+    if (observed > 0) {
+      p.log_total = log_total_;
+      p.scores = log_total_ + int64_t{rows} * p.heads;
+    }
+    if (SplitsInVectors(p)) {
+      AttendSplits(context_, p, rows);
+    } else if (observed > 0) {
+      LaunchPartial<T, kPer, true>(context_, p, rows);
+    } else {
+      LaunchPartial<T, kPer, false>(context_, p, rows);
+    }
+    Merge<<<dim3(rows, p.heads), kMergeThreads, 0, context_.stream>>>(p);
+    if (observed > 0) ObserveSpans(context_, p, observed);
+  }
+
+  BackendContext& context_;
+  const SpanRequest& spans_;
+  Piece piece_;
+  int most_;  // rows of a piece
+  float* log_total_;
+};
+
+template <class T, int kPer>
+void Run(BackendContext& context, const AttentionArgs& a, const Problem& p) {
+  Splits<T, kPer> splits(context, a, p);
   const int32_t* begin = a.batch.HostRowBegin();
   const bool tiles = AttendsInTiles(p);
   const auto Tiled = [&](int s) { return tiles && begin[s + 1] - begin[s] >= kTileRows; };
@@ -294,15 +270,15 @@ void Run(BackendContext& context, const AttentionArgs& a, const Problem& problem
       ++s;
       continue;
     }
-    p.first_row = begin[s];
+    const int first = begin[s];
     while (s < a.batch.sequences && !Tiled(s)) ++s;
-    for (const int end = begin[s]; p.first_row < end; p.first_row += most) {
-      Launch<T, kPer>(context, p, std::min(most, end - p.first_row), a.cache.kv_heads);
-    }
+    splits.Run(first, begin[s]);
   }
-  if (any_tiled) (AttendsInWgmma(context, p) ? AttendWgmma : AttendTiles)(context, p);
-  if (a.spans.count == 0) return;
-  Observe<T, kPer><<<dim3(a.spans.count, p.heads), kSpanWarps * kWarp, 0, context.stream>>>(p);
+  if (!any_tiled) return;
+  (AttendsInWgmma(context, p) ? AttendWgmma : AttendTiles)(context, p);
+  for (int s = 0; s < a.batch.sequences; ++s) {
+    if (Tiled(s)) splits.Observe(begin[s], begin[s + 1]);
+  }
 }
 
 template <class T>

@@ -26,7 +26,6 @@ struct Problem {
   int window, heads, dim, group;
   bool half_out;       // out is BF16
   bool whole_vectors;  // rows of keys and values may be read in vectors
-  float* log_total;    // [rows of the step, heads]: of the softmax, about, for spans
 };
 
 // Row `j - start` of the step's own keys or values where j >= start, else the cache's position j.
@@ -62,11 +61,20 @@ __device__ __forceinline__ float Cap(float score, float softcap) {
 constexpr int kSplitKeys = 64;  // a row with fewer keys is not split
 constexpr int kMaxSplits = 64;
 
-// The rows that one launch takes, and where their partial results go.
+// The rows that one launch takes, and where their partial results go. out may be nullptr.
 struct Piece : Problem {
   int first_row;
   float* partial;  // [rows of the launch, heads, kMaxSplits, dim + 2]: sums, then maximum and total
+  // Where any of these rows is observed, else nullptr: of all of them.
+  float* log_total;      // [rows of the launch, heads]: of the softmax
+  float* scores;         // [rows of the launch, heads, score_stride]: from the first key seen on
+  int64_t score_stride;  // at least the keys that a row sees
+  int first_observed;    // the first of SpanRequest::rows among them
 };
+
+__device__ __forceinline__ float* Scores(const Piece& p, int row, int head) {
+  return p.scores + (int64_t{row} * p.heads + head) * p.score_stride;
+}
 
 // What one row sees.
 struct Row {
@@ -102,15 +110,20 @@ struct Row {
 };
 
 // Of any row, whatever its length: what a cache layer can hold bounds it.
-inline int MostSplits(const Problem& p) {
+inline int64_t MostKeys(const Problem& p) {
   const int64_t cached = int64_t{p.cache.slots} * p.cache.page_tokens;
-  const int64_t seen = p.window > 0 ? p.window : cached + p.batch.rows;
-  return static_cast<int>(std::min<int64_t>((seen + kSplitKeys - 1) / kSplitKeys, kMaxSplits));
+  return p.window > 0 ? p.window : cached + p.batch.rows;
+}
+inline int MostSplits(const Problem& p) {
+  return static_cast<int>(
+      std::min<int64_t>((MostKeys(p) + kSplitKeys - 1) / kSplitKeys, kMaxSplits));
 }
 
 // Partial results of `rows` rows from bf16 keys and values in whole vectors.
 bool SplitsInVectors(const Problem& problem);
-void AttendSplits(BackendContext& context, const Piece& piece, int rows, int kv_heads);
+void AttendSplits(BackendContext& context, const Piece& piece, int rows);
+// The records of `observed` rows whose splits are merged.
+void ObserveSpans(BackendContext& context, const Piece& piece, int observed);
 
 // A sequence with this many rows in a step is attended in tiles if AttendsInTiles, else row by row.
 constexpr int kTileRows = 16;

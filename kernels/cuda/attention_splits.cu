@@ -74,7 +74,7 @@ class Cursor {
 
 // grid: rows, KV heads times groups of kHeads query heads, splits. Each group of kKeyLanes lanes
 // has a softmax of its own until the end.
-template <int kChunks, int kHeads>
+template <int kChunks, int kHeads, bool kObserve>
 __global__ void __launch_bounds__(kWarps* kWarp) Split(const Piece p) {
   extern __shared__ uint4 memory[];  // [warps, stages, key and value, chunks, lanes]
   const int row_index = p.first_row + blockIdx.x;
@@ -157,6 +157,9 @@ __global__ void __launch_bounds__(kWarps* kWarp) Split(const Piece p) {
 #pragma unroll
     for (int h = 0; h < kHeads; ++h) {
       const float s = Cap(score[h], p.softcap);
+      if (kObserve && part == 0 && h < heads) {
+        Scores(p, blockIdx.x, first_head + h)[j - row.first] = s;
+      }
       const float most = fmaxf(highest[h], s);
       const float rescale = __expf(highest[h] - most);
       weight[h] = __expf(s - most);
@@ -224,26 +227,27 @@ __global__ void __launch_bounds__(kWarps* kWarp) Split(const Piece p) {
 }
 
 template <int kChunks, int kHeads>
-void Launch(BackendContext& context, const Piece& p, int rows, int kv_heads) {
+void Launch(BackendContext& context, const Piece& p, int rows) {
   constexpr int kBytes = kWarps * kStages * kWarp * 2 * kChunks * static_cast<int>(sizeof(uint4));
   static_assert(kBytes >= kStepKeys * kChunks * kChunk * static_cast<int>(sizeof(float)));
-  const auto kernel = Split<kChunks, kHeads>;
+  const auto kernel =
+      p.scores != nullptr ? Split<kChunks, kHeads, true> : Split<kChunks, kHeads, false>;
   Ok(context, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
      "Attention");
   const int groups = (p.group + kHeads - 1) / kHeads;
-  kernel<<<dim3(rows, kv_heads * groups, MostSplits(p)), kWarps * kWarp, kBytes, context.stream>>>(
-      p);
+  const dim3 grid(rows, p.cache.kv_heads * groups, MostSplits(p));
+  kernel<<<grid, kWarps * kWarp, kBytes, context.stream>>>(p);
 }
 
 // As many heads as registers hold beside the chunks.
 template <int kChunks, int kMost>
-void ForGroup(BackendContext& context, const Piece& p, int rows, int kv_heads) {
+void ForGroup(BackendContext& context, const Piece& p, int rows) {
   if (p.group == 1) {
-    Launch<kChunks, 1>(context, p, rows, kv_heads);
+    Launch<kChunks, 1>(context, p, rows);
   } else if (p.group == 2 || kMost == 2) {
-    Launch<kChunks, 2>(context, p, rows, kv_heads);
+    Launch<kChunks, 2>(context, p, rows);
   } else {
-    Launch<kChunks, kMost>(context, p, rows, kv_heads);
+    Launch<kChunks, kMost>(context, p, rows);
   }
 }
 
@@ -253,13 +257,13 @@ bool SplitsInVectors(const Problem& p) {
   return p.cache.dtype == DType::kBF16 && p.whole_vectors && p.dim <= 4 * kChunk;
 }
 
-void AttendSplits(BackendContext& context, const Piece& p, int rows, int kv_heads) {
+void AttendSplits(BackendContext& context, const Piece& p, int rows) {
   if (p.dim <= kChunk) {
-    ForGroup<1, 8>(context, p, rows, kv_heads);
+    ForGroup<1, 8>(context, p, rows);
   } else if (p.dim <= 2 * kChunk) {
-    ForGroup<2, 4>(context, p, rows, kv_heads);
+    ForGroup<2, 4>(context, p, rows);
   } else {
-    ForGroup<4, 2>(context, p, rows, kv_heads);
+    ForGroup<4, 2>(context, p, rows);
   }
 }
 

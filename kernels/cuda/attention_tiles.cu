@@ -268,7 +268,6 @@ __global__ void __launch_bounds__(kThreads) Attend(const Problem p) {
       const float sink = p.sinks[head] * kLog2E, top = fmaxf(highest[i], sink);
       weight = exp2f(highest[i] - top);
       total[i] = total[i] * weight + exp2f(sink - top);
-      highest[i] = top;
     }
     const int64_t to = row * p.out_row + head * p.out_head;
 #pragma unroll
@@ -277,9 +276,6 @@ __global__ void __launch_bounds__(kThreads) Attend(const Problem p) {
       if (d >= p.dim) continue;
       StoreOut<2>(p, to + d,
                   {sum[n][2 * i] * weight / total[i], sum[n][2 * i + 1] * weight / total[i]});
-    }
-    if (lane % 4 == 0) {
-      p.log_total[int64_t{row} * p.heads + head] = highest[i] / kLog2E + logf(total[i]);
     }
   }
 }

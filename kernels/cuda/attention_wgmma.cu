@@ -362,7 +362,6 @@ struct Rows {
         const float sink = p.sinks[head] * kLog2E, top = fmaxf(highest[i], sink);
         weight = exp2f(highest[i] - top);
         total[i] = total[i] * weight + exp2f(sink - top);
-        highest[i] = top;
       }
       weight /= total[i];
       auto* to = static_cast<bf16*>(p.out) + row * p.out_row + head * p.out_head;
@@ -372,9 +371,6 @@ struct Rows {
         if (d >= p.dim) continue;
         *reinterpret_cast<__nv_bfloat162*>(to + d) =
             __floats2bfloat162_rn(sum[4 * n + 2 * i] * weight, sum[4 * n + 2 * i + 1] * weight);
-      }
-      if (lane % 4 == 0) {
-        p.log_total[row * p.heads + head] = highest[i] / kLog2E + logf(total[i]);
       }
     }
   }

@@ -151,6 +151,7 @@ class AttentionCase {
     if (shape_.sinks) a.sinks = View::Vector(on_device(sinks_), DType::kF32, shape_.heads);
     if (observe) {
       a.spans.rows = on_device(rows);
+      a.spans.host_rows = rows.data();
       a.spans.count = n;
       a.spans.far_window = shape_.far_window;
       a.spans.records = records_there;
