@@ -1,4 +1,5 @@
 #include "kernels/cuda/check_cuda.h"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/numbers.cuh"
 #include "kernels/cuda/ops_cuda.h"
 
@@ -12,6 +13,7 @@ constexpr int kThreads = 128;
 template <class From, class T, int kPer>
 __global__ void Activate(const From* gate_up, int64_t stride, T* out, int64_t out_stride,
                          int64_t dim, bool gelu) {
+  LetNextBegin();
   const int64_t d = (blockIdx.x * int64_t{kThreads} + threadIdx.x) * kPer;
   if (d >= dim) return;
   const From* from = gate_up + blockIdx.y * stride + d;

@@ -1,5 +1,6 @@
-// Few rows times float weights: a warp multiplies kColumns weight rows by up to kRows rows of x, so
-// that each weight is read once and each element of x serves several weights.
+// Few rows times float weights: kSplit warps multiply kColumns weight rows by up to kRows rows of
+// x, so that each weight is read once and each element of x serves several weights.
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/matmul.h"
 #include "kernels/cuda/numbers.cuh"
 
@@ -19,10 +20,10 @@ struct FloatArgs {
   int rows, in, columns;
 };
 
-template <class T, int kRows, bool kVector>
+template <class T, int kRows, bool kVector, int kSplit>
 __global__ void __launch_bounds__(kWarpsPerBlock* kWarp) DotFloats(FloatArgs a) {
-  const int lane = threadIdx.x % kWarp;
-  const int first = (blockIdx.x * kWarpsPerBlock + threadIdx.x / kWarp) * kColumns;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, part = warp % kSplit;
+  const int first = (blockIdx.x * (kWarpsPerBlock / kSplit) + warp / kSplit) * kColumns;
   if (first >= a.columns) return;
   const int row0 = blockIdx.y * kRows;
   const T* weight[kColumns];
@@ -35,8 +36,14 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarp) DotFloats(FloatArgs a) 
 
   if constexpr (kVector) {
     constexpr int kElements = 16 / sizeof(T);  // of one load
-#pragma unroll(kRows <= 2 ? 4 : 1)
-    for (int i = lane * kElements; i < a.in; i += kWarp * kElements) {
+    constexpr int kAhead = 4;
+    for (int n = 0; n < kAhead; ++n) {
+      const int i = ((n * kSplit + part) * kWarp + lane) * kElements;
+      for (int c = 0; c < kColumns && i < a.in; ++c) Prefetch(weight[c] + i);
+    }
+    AwaitEarlier();
+#pragma unroll(kRows <= 2 ? kAhead : 1)
+    for (int i = (part * kWarp + lane) * kElements; i < a.in; i += kSplit * kWarp * kElements) {
       uint4 raw[kColumns];
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
@@ -59,33 +66,59 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarp) DotFloats(FloatArgs a) 
       }
     }
   } else {
-    for (int i = lane; i < a.in; i += kWarp) {
+    AwaitEarlier();
+    for (int i = part * kWarp + lane; i < a.in; i += kSplit * kWarp) {
       for (int c = 0; c < kColumns; ++c) {
         const float w = ToFloat(weight[c][i]);
         for (int r = 0; r < kRows; ++r) sum[r][c] += w * x[r][i];
       }
     }
   }
+  const auto StoreTotal = [&](int r, int c, float total) {
+    if (row0 + r >= a.rows || first + c >= a.columns) return;
+    a.out[(row0 + r) * a.out_stride + first + c] = total;
+  };
+  __shared__ float parts[kWarpsPerBlock][kRows][kColumns];
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       const float total = WarpSum(sum[r][c]);
-      if (lane == 0 && row0 + r < a.rows && first + c < a.columns) {
-        a.out[(row0 + r) * a.out_stride + first + c] = total;
+      if (lane != 0) continue;
+      if constexpr (kSplit == 1) {
+        StoreTotal(r, c, total);
+      } else {
+        parts[warp][r][c] = total;
       }
     }
+  }
+  if constexpr (kSplit > 1) {  // in order
+    static_assert(kSplit == kWarpsPerBlock);
+    __syncthreads();
+    const int r = threadIdx.x / kColumns, c = threadIdx.x % kColumns;
+    if (r >= kRows) return;
+    float all = 0;
+#pragma unroll
+    for (int w = 0; w < kSplit; ++w) all += parts[w][r][c];
+    StoreTotal(r, c, all);
   }
 }
 
 template <class T, int kRows>
 void Launch(BackendContext& context, const FloatArgs& a, bool vector) {
-  const dim3 grid(Blocks(a.columns, kWarpsPerBlock * kColumns), Blocks(a.rows, kRows));
-  constexpr int kThreads = kWarpsPerBlock * kWarp;
-  if (vector) {
-    DotFloats<T, kRows, true><<<grid, kThreads, 0, context.stream>>>(a);
+  const auto Run = [&](auto kernel, int split) {
+    const dim3 grid(Blocks(a.columns, kWarpsPerBlock / split * kColumns), Blocks(a.rows, kRows));
+    LaunchEarly(context, kernel, grid, kWarpsPerBlock * kWarp, a);
+  };
+  // A warp a pair of columns, unless these leave processors without enough loads under way.
+  constexpr int kWarpsToFill = 32;
+  const bool split = a.columns / kColumns < kWarpsToFill * context.sm_count;
+  if (vector && split) {
+    Run(DotFloats<T, kRows, true, kWarpsPerBlock>, kWarpsPerBlock);
+  } else if (vector) {
+    Run(DotFloats<T, kRows, true, 1>, 1);
   } else {
-    DotFloats<T, kRows, false><<<grid, kThreads, 0, context.stream>>>(a);
+    Run(DotFloats<T, kRows, false, 1>, 1);
   }
 }
 

@@ -3,6 +3,7 @@
 // x goes in as two bf16 (its rounding and what that lost), which keeps 16 bits of it.
 #include <algorithm>
 
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/matmul.h"
 #include "kernels/cuda/numbers.cuh"
 
@@ -113,6 +114,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) Skinny(const SkinnyArgs a) {
   };
   const int begin = warp * kSlice;
   Load(begin, raw[0]);
+  AwaitEarlier();
   for (int k = begin; k < a.in; k += 2 * kAhead * kStep) {
     Load(k + kAhead * kStep, raw[1]);
     Use(k, raw[0]);
@@ -143,8 +145,8 @@ __global__ void __launch_bounds__(kWarps* kWarp) Skinny(const SkinnyArgs a) {
 
 template <int kTiles>
 void Launch(BackendContext& context, const SkinnyArgs& a) {
-  Skinny<kTiles>
-      <<<Blocks(a.columns, kTiles * kTileColumns), kWarps * kWarp, 0, context.stream>>>(a);
+  const dim3 grid(Blocks(a.columns, kTiles * kTileColumns));
+  LaunchEarly(context, Skinny<kTiles>, grid, kWarps * kWarp, a);
 }
 
 }  // namespace

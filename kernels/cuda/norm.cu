@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "kernels/cuda/check_cuda.h"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/numbers.cuh"
 #include "kernels/cuda/ops_cuda.h"
 
@@ -77,6 +78,7 @@ struct Held {
 
 template <class T, int kVectors>
 __global__ void __launch_bounds__(kMaxThreads) NormHeld(const Rows a) {
+  LetNextBegin();
   __shared__ float parts[2][kMaxThreads / kWarp];
   const int vectors = a.dim / 4;
   float* residual = a.residual + blockIdx.x * a.residual_row;

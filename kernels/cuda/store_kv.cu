@@ -1,5 +1,6 @@
 #include "kernels/cuda/check_cuda.h"
 #include "kernels/cuda/kv_page.cuh"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/numbers.cuh"
 #include "kernels/cuda/ops_cuda.h"
 
@@ -21,6 +22,7 @@ struct Heads {
 template <class T>
 __global__ void StoreRow(const Heads<T> keys, const Heads<T> values, int width, KvView cache,
                          RaggedBatch batch, int window) {
+  LetNextBegin();
   const int row = blockIdx.x;
   int s = -1;  // the last sequence that begins at or before the row
   for (int first = 0; first < batch.sequences; first += kThreads) {

@@ -194,14 +194,19 @@ TEST_F(CudaMatMul, TakesNoRoundedRowsThatAreNotInWholeVectors) {
 }
 
 TEST_F(CudaMatMul, ARowIsTheSameBesideAnyFewOthers) {
-  constexpr int64_t kIn = 1280, kColumns = 300, kRows = 8;
-  const std::vector<float> x = RandomFloats(kRows * kIn, random_);
-  const std::vector<Weights> weights = {RandomWeights(DType::kBF16, kColumns, kIn, random_)};
-  const std::vector<float> together = Multiply(*gpu_, x, kRows, weights);
-  for (int64_t r = 0; r + 1 < kRows; ++r) {
-    const std::vector<float> pair(x.begin() + r * kIn, x.begin() + (r + 2) * kIn);
-    const std::vector<float> two = Multiply(*gpu_, pair, 2, weights);
-    EXPECT_TRUE(std::equal(two.begin(), two.end(), together.begin() + r * kColumns)) << r;
+  constexpr int64_t kRows = 8;
+  for (const auto& [in, columns] :
+       {std::pair<int64_t, int64_t>{1280, 300}, {10240, 64}, {32, 9000}}) {
+    const std::vector<float> x = RandomFloats(kRows * in, random_);
+    const std::vector<Weights> weights = {RandomWeights(DType::kBF16, columns, in, random_)};
+    const std::vector<float> together = Multiply(*gpu_, x, kRows, weights);
+    for (const int64_t rows : {2, 5}) {
+      for (int64_t r = 0; r + rows <= kRows; ++r) {
+        const std::vector<float> some(x.begin() + r * in, x.begin() + (r + rows) * in);
+        const std::vector<float> out = Multiply(*gpu_, some, rows, weights);
+        EXPECT_TRUE(std::equal(out.begin(), out.end(), together.begin() + r * columns)) << r;
+      }
+    }
   }
 }
 
