@@ -62,6 +62,7 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(
   if (!cache.ok()) return cache.status();
   auto impl =
       std::make_unique<Impl>(model, backend, *options, std::move(on_step), *std::move(cache));
+  impl->Rehearse();
   impl->Publish();
   Impl* running = impl.get();
   std::unique_ptr<Engine> engine(new Engine(std::move(impl)));

@@ -55,6 +55,7 @@ struct Engine::Impl {
        absl::AnyInvocable<void(const StepReport&)> report, std::unique_ptr<KvCache> kv);
 
   // --- Engine thread: intake ---
+  void Rehearse();  // before Loop
   void Loop();
   bool TakeInbox();  // false: stop
   void Admit(Incoming incoming);

@@ -62,6 +62,29 @@ Engine::Impl::Owner Engine::Impl::OwnerOf(Ticket ticket) const {
   return it->second;
 }
 
+// Decoding steps are launched at once from their second time on (Backend::Repeat): here the usual
+// ones come for the first two times, before anyone waits for them.
+void Engine::Impl::Rehearse() {
+  if (backend.host_memory()) return;
+  constexpr int kMostSequences = 16;
+  constexpr int32_t kToken = 0;
+  std::vector<StageItem> items;
+  for (int n = 1; n <= std::min(kMostSequences, options.limits.max_running); ++n) {
+    StageItem item;
+    item.cache = cache->Open();
+    item.tokens = absl::MakeConstSpan(&kToken, 1);
+    item.wants_logits = true;
+    items.push_back(item);
+    if (!cache->Reserve(item.cache, 1)) break;
+    for (const bool observe : {false, true}) {
+      if (observe && options.spans == SpanLevel::kOff) continue;
+      for (StageItem& each : items) each.observe = observe;
+      for (int time = 0; time < 2; ++time) model.Forward(stager.Stage(items, *cache).step);
+    }
+  }
+  for (const StageItem& item : items) cache->Close(item.cache);
+}
+
 // --- Intake ---
 
 void Engine::Impl::Loop() {
