@@ -10,4 +10,23 @@ void Backend::Account(OpId op, Work work, std::chrono::nanoseconds time) {
   t.flops.fetch_add(work.flops, std::memory_order_relaxed);
 }
 
+void Backend::AccountTimed(const TimedCall& call, std::chrono::nanoseconds time) {
+  Account(call.op, call.work, time);
+  const std::lock_guard<std::mutex> lock(timed_mutex_);
+  timed_[{call.op, call.kind}] += {1, time.count(), call.work.bytes, call.work.flops};
+}
+
+void Backend::TimeOps(bool on) {
+  if (on && !timing_) {
+    const std::lock_guard<std::mutex> lock(timed_mutex_);
+    timed_.clear();
+  }
+  timing_ = on;
+}
+
+OpCounts Backend::TimedOps() const {
+  const std::lock_guard<std::mutex> lock(timed_mutex_);
+  return timed_;
+}
+
 }  // namespace longspan

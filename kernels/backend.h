@@ -1,13 +1,16 @@
 #pragma once
 // One device: its op table, its memory, its profile. Thread-compatible: one thread at a time issues
-// ops (the engine's), except Profile(), which any thread may read.
+// ops (the engine's), except Profile() and TimedOps(), which any thread may read.
 #include <atomic>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels/check.h"
@@ -46,6 +49,28 @@ struct OpTotals {
   std::atomic<int64_t> calls{0}, nanoseconds{0}, bytes{0}, flops{0};
 };
 
+// The same of some calls, as they stood at one moment.
+struct OpCount {
+  int64_t calls = 0, nanoseconds = 0, bytes = 0, flops = 0;
+
+  OpCount& operator+=(const OpCount& o) {
+    calls += o.calls;
+    nanoseconds += o.nanoseconds;
+    bytes += o.bytes;
+    flops += o.flops;
+    return *this;
+  }
+  OpCount& operator-=(const OpCount& o) {
+    calls -= o.calls;
+    nanoseconds -= o.nanoseconds;
+    bytes -= o.bytes;
+    flops -= o.flops;
+    return *this;
+  }
+};
+// By op and KindOf() its arguments.
+using OpCounts = std::map<std::pair<OpId, std::string>, OpCount>;
+
 // The most that a device was seen to do: what ops' bytes and operations per second are held
 // against.
 struct Roofline {
@@ -66,7 +91,7 @@ class Backend {
   static int CpuThreads();
   // nullptr with *why set when there is no usable GPU or the build has no CUDA (cuda_absent.cc).
   // Its ops return before the device has done them, so that its profile's times are those of
-  // issuing.
+  // issuing, except under TimeOps().
   static std::unique_ptr<Backend> Cuda(int device, std::string* why);
 
   virtual ~Backend() = default;
@@ -81,9 +106,15 @@ class Backend {
   template <class Args>
   void Run(const Op<Args>& op, const Args& args) {
     CHECK(op.function != nullptr) << OpName(op.id) << " is missing on " << name_;
+    if (timing_) OpBegins();
     const auto begin = std::chrono::steady_clock::now();
     op.function(*context_, args);
-    Account(op.id, Cost(args), std::chrono::steady_clock::now() - begin);
+    const std::chrono::nanoseconds time = std::chrono::steady_clock::now() - begin;
+    if (timing_) {
+      OpEnds({op.id, KindOf(args), Cost(args)}, time);
+    } else {
+      Account(op.id, Cost(args), time);
+    }
   }
 
   // The type that MatMul of `product` takes x as, whatever type x has now: F32, or BF16 where it
@@ -120,9 +151,29 @@ class Backend {
 
   const OpTotals& Profile(OpId op) const { return profile_[static_cast<int>(op)]; }
 
+  // While on, an op's time is what its work takes on the device, on every backend, and Repeat()
+  // does no more than issue. A call counts when its time is known, at the latest when a CopyOut()
+  // after it returns or this is turned off. Steps are slower meanwhile: time nothing else then.
+  // To be called with ops idle; off at first.
+  virtual void TimeOps(bool on);
+  // The calls since TimeOps() was last turned on, told apart by kind.
+  OpCounts TimedOps() const;
+
  protected:
+  struct TimedCall {
+    OpId op;
+    std::string kind;
+    Work work;
+  };
   Backend(std::string name, BackendContext* context, OpTable ops, bool host_memory)
       : name_(std::move(name)), context_(context), ops_(ops), host_memory_(host_memory) {}
+  bool timing() const { return timing_; }
+  // Run() calls them around an op while timing(). `issued`: how long the op's function took.
+  virtual void OpBegins() {}
+  virtual void OpEnds(TimedCall call, std::chrono::nanoseconds issued) {
+    AccountTimed(call, issued);
+  }
+  void AccountTimed(const TimedCall& call, std::chrono::nanoseconds time);
 
  private:
   void Account(OpId op, Work work, std::chrono::nanoseconds time);
@@ -132,6 +183,9 @@ class Backend {
   OpTable ops_;
   bool host_memory_;
   OpTotals profile_[kOpCount];
+  bool timing_ = false;
+  mutable std::mutex timed_mutex_;
+  OpCounts timed_;  // guarded by timed_mutex_
 };
 
 }  // namespace longspan

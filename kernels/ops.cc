@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <sstream>
 
 namespace longspan {
 namespace {
@@ -112,6 +113,17 @@ Work Cost(const SoftcapArgs& a) { return Touching({&a.x, &a.x}, 3 * a.x.elements
 // A read of each row is the least; what it computes depends on the knobs.
 Work Cost(const SampleArgs& a) {
   return {a.tokens.shape[0] * BytesOf(a.logits.dtype, a.logits.shape[1]), 0};
+}
+
+std::string KindOf(const MatMulArgs& a) {
+  std::ostringstream kind;
+  kind << Info(a.parts[0].dtype).name << " " << a.parts[0].shape[1];
+  for (int i = 0; i < a.part_count; ++i) kind << (i == 0 ? "x" : "+") << a.parts[i].shape[0];
+  return kind.str();
+}
+
+std::string KindOf(const AttentionArgs& a) {
+  return a.window > 0 ? "window " + std::to_string(a.window) : "full";
 }
 
 const char* OpName(OpId op) {

@@ -12,6 +12,7 @@
 //    rounded to nearest even, but for what Attention says;
 //  - ops take effect in call order and never allocate memory that outlives the call.
 #include <cstdint>
+#include <string>
 
 #include "kernels/draw.h"
 #include "kernels/kv_view.h"
@@ -164,6 +165,15 @@ Work Cost(const GatedActivationArgs& a);
 Work Cost(const GatherArgs& a);
 Work Cost(const SoftcapArgs& a);
 Work Cost(const SampleArgs& a);
+
+// What tells calls of one op apart where they are timed: "window 1024" or "full" of attention, of a
+// product its weights, "Q4_K 640x2048+2048" (in x out); "" of other ops.
+template <class Args>
+std::string KindOf(const Args&) {
+  return "";
+}
+std::string KindOf(const MatMulArgs& a);
+std::string KindOf(const AttentionArgs& a);
 
 // The single list of ops: the table, the profile and the names are made from it.
 #define LONGSPAN_OPS(X) \

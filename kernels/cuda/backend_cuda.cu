@@ -6,11 +6,13 @@
 #include <string>
 #include <unordered_map>
 #include <utility>
+#include <vector>
 
 #include "kernels/backend.h"
 #include "kernels/cuda/check_cuda.h"
 #include "kernels/cuda/context.h"
 #include "kernels/cuda/matmul.h"
+#include "kernels/cuda/op_timer.h"
 #include "kernels/cuda/ops_cuda.h"
 #include "kernels/cuda/roofline.h"
 
@@ -61,6 +63,7 @@ class CudaBackend : public Backend {
   ~CudaBackend() override {
     Bind();
     cudaStreamSynchronize(context_->stream);
+    timer_.reset();
     ForgetGraphs();
     cuda::FreeTilePlans(context_->tile_plans);
     cublasLtDestroy(context_->cublas);
@@ -76,6 +79,7 @@ class CudaBackend : public Backend {
   }
 
   void Repeat(uint64_t key, const std::function<void()>& issue) override {
+    if (timing()) return issue();
     if (graphs_.size() >= kMostGraphs && graphs_.count(key) == 0) ForgetGraphs();
     Graph& graph = graphs_[key];
     if (!std::exchange(graph.seen, true) || !context_->fault.empty()) return issue();
@@ -150,6 +154,7 @@ class CudaBackend : public Backend {
       Check(cudaStreamSynchronize(context_->stream), "a kernel");
       if (context_->fault.empty()) std::memcpy(static_cast<std::byte*>(to) + at, out_, part);
     }
+    if (timing()) CollectTimes();
   }
 
   void CopyWithin(void* to, const void* from, size_t bytes) override {
@@ -159,7 +164,29 @@ class CudaBackend : public Backend {
           "copying within the device");
   }
 
+  void TimeOps(bool on) override {
+    Bind();
+    if (timing()) CollectTimes();
+    if (on && timer_ == nullptr) timer_ = std::make_unique<cuda::OpTimer>(*context_);
+    Backend::TimeOps(on);
+  }
+
  private:
+  void OpBegins() override {
+    Bind();
+    if (timer_->full()) CollectTimes();
+    timer_->Begin();
+  }
+  void OpEnds(TimedCall call, std::chrono::nanoseconds) override {
+    timer_->End();
+    timed_calls_.push_back(std::move(call));
+  }
+  void CollectTimes() {
+    const std::vector<std::chrono::nanoseconds> times = timer_->Collect();
+    for (size_t i = 0; i < times.size(); ++i) AccountTimed(timed_calls_[i], times[i]);
+    timed_calls_.clear();
+  }
+
   // The current device belongs to a thread, and more than one calls: who opens, who runs.
   void Bind() const { cudaSetDevice(context_->device); }
   void Check(cudaError_t error, const char* what) { cuda::Ok(*context_, error, what); }
@@ -187,6 +214,8 @@ class CudaBackend : public Backend {
   Stage in_;
   std::byte* out_;
   std::unordered_map<uint64_t, Graph> graphs_;
+  std::unique_ptr<cuda::OpTimer> timer_;  // of the first TimeOps(true) on
+  std::vector<TimedCall> timed_calls_;    // not collected yet
 };
 
 }  // namespace

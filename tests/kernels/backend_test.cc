@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <cstring>
 
 #include "kernels/cpu/simd.h"
@@ -68,6 +69,55 @@ TEST(CpuBackend, CountsCallsBytesAndFlops) {
   EXPECT_EQ(totals.bytes, 3 * 4 * (2 * 32 + 6 * 32 + 2 * 6));
   EXPECT_GT(totals.nanoseconds, 0);
   EXPECT_EQ(backend->Profile(OpId::kEmbed).calls, 0);
+}
+
+TEST(CpuBackend, TellsTimedCallsApartByKind) {
+  const auto backend = Backend::Cpu({.threads = 1, .simd = "portable"});
+  std::vector<float> x(2 * 32, 1), w(6 * 32, 1), out(2 * 6);
+  const auto multiply = [&](int64_t columns, int64_t more) {
+    MatMulArgs args;
+    args.x = View::Matrix(x.data(), DType::kF32, 2, 32);
+    args.parts[0] = View::Matrix(w.data(), DType::kF32, columns, 32);
+    args.parts[1] = View::Matrix(w.data(), DType::kF32, more, 32);
+    args.part_count = more > 0 ? 2 : 1;
+    args.out = View::Matrix(out.data(), DType::kF32, 2, columns + more);
+    backend->Run(backend->ops().MatMul, args);
+  };
+  const OpTotals& totals = backend->Profile(OpId::kMatMul);
+  multiply(4, 2);
+  EXPECT_TRUE(backend->TimedOps().empty());
+  const int64_t before = totals.nanoseconds;
+
+  backend->TimeOps(true);
+  const auto begin = std::chrono::steady_clock::now();
+  for (int i = 0; i < 3; ++i) multiply(4, 2);
+  multiply(5, 0);
+  const std::chrono::nanoseconds wall = std::chrono::steady_clock::now() - begin;
+  backend->TimeOps(false);
+  multiply(5, 0);
+  OpCounts timed = backend->TimedOps();
+  ASSERT_EQ(timed.size(), 2u);
+  const OpCount three = timed[{OpId::kMatMul, "F32 32x4+2"}],
+                one = timed[{OpId::kMatMul, "F32 32x5"}];
+  EXPECT_EQ(three.calls, 3);
+  EXPECT_EQ(three.flops, 3 * 2 * 2 * 6 * 32);
+  EXPECT_EQ(three.bytes, 3 * 4 * (2 * 32 + 6 * 32 + 2 * 6));
+  EXPECT_EQ(one.calls, 1);
+  EXPECT_GT(one.nanoseconds, 0);
+  EXPECT_LE(three.nanoseconds + one.nanoseconds, wall.count());
+  EXPECT_EQ(totals.calls, 6);
+  EXPECT_GT(totals.nanoseconds, before + three.nanoseconds + one.nanoseconds);
+
+  backend->TimeOps(true);
+  EXPECT_TRUE(backend->TimedOps().empty());
+}
+
+TEST(Kind, IsAttentionsWindow) {
+  AttentionArgs args;
+  EXPECT_EQ(KindOf(args), "full");
+  args.window = 1024;
+  EXPECT_EQ(KindOf(args), "window 1024");
+  EXPECT_EQ(KindOf(GatherArgs()), "");
 }
 
 TEST(Cost, CountsTheBlocksOfQuantisedWeights) {
