@@ -7,6 +7,7 @@
 
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
+#include "engine/engine.h"
 #include "server/cli_client.h"
 
 namespace longspan {
@@ -28,6 +29,8 @@ struct BenchOptions {
   int max_context = 0, page_tokens = 16;
   int tokens = 64, repeats = 3, threads = 0, max_batched_tokens = 512;
   int requests = 64, concurrency = 8;
+  std::string attention_metrics = "head";  // and every: EngineOptions::spans and span_every
+  int attention_sample_every = EngineOptions().span_every;
   bool json = false, ops = true;
 };
 

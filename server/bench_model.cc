@@ -19,29 +19,20 @@ namespace {
 
 using nlohmann::ordered_json;
 
-struct OpCount {
-  int64_t calls = 0, nanoseconds = 0, bytes = 0, flops = 0;
-
-  OpCount& operator+=(const OpCount& o) {
-    calls += o.calls;
-    nanoseconds += o.nanoseconds;
-    bytes += o.bytes;
-    flops += o.flops;
-    return *this;
-  }
-  OpCount operator-(const OpCount& o) const {
-    return {calls - o.calls, nanoseconds - o.nanoseconds, bytes - o.bytes, flops - o.flops};
-  }
-};
-using OpCounts = std::vector<OpCount>;
-
 OpCounts ReadProfile(const Backend& backend) {
-  OpCounts counts(kOpCount);
+  OpCounts counts;
   for (int i = 0; i < kOpCount; ++i) {
-    const OpTotals& totals = backend.Profile(static_cast<OpId>(i));
-    counts[i] = {totals.calls, totals.nanoseconds, totals.bytes, totals.flops};
+    const auto op = static_cast<OpId>(i);
+    const OpTotals& totals = backend.Profile(op);
+    counts[{op, ""}] = {totals.calls, totals.nanoseconds, totals.bytes, totals.flops};
   }
   return counts;
+}
+
+// What was counted between two looks.
+OpCounts Between(const OpCounts& before, OpCounts after) {
+  for (const auto& [key, count] : before) after[key] -= count;
+  return after;
 }
 
 // A kind of work. `readers` prompts of `context` tokens are read together, while `decoders`
@@ -52,14 +43,18 @@ struct Workload {
   int readers = 0, decoders = 0, context = 0;
 };
 
-// One measured kind of work: medians over its repeats, and the ops of all of them.
+// One measured kind of work: medians over its repeats, and the ops of all of them; then the ops of
+// one more repetition, in which each op was timed on the device.
 struct Phase {
   Workload work;
   double tokens_per_second = 0;  // of the readers if there are any, else of the decoders
   std::vector<double> runs;      // the same of each repeat
   double longest_gap = 0;        // seconds between two tokens of a decoder
   int64_t bytes_per_step = 0;    // that decoding alone must read
-  OpCounts ops;
+  int64_t cache_bytes = 0;       // that the decoders held at the end of a repeat
+  uint64_t preemptions = 0;      // in all repeats
+  OpCounts ops, timed_ops;
+  double timed_seconds = 0;  // of the repetition of timed_ops
 };
 
 class OfflineBench {
@@ -84,7 +79,8 @@ class OfflineBench {
   struct Run {
     int64_t tokens = 0;
     double seconds = 0, longest_gap = 0;
-    OpCounts ops;
+    EngineStats stats;  // at the end, while the decoders decode
+    OpCounts ops, timed_ops;
   };
   absl::StatusOr<LoadedModel> Load() const;
   int max_context() const { return engine_->options().max_context; }
@@ -130,6 +126,8 @@ absl::StatusOr<std::unique_ptr<OfflineBench>> OfflineBench::Open(
   engine_options.max_context = options.max_context;
   engine_options.page_tokens = options.page_tokens;
   engine_options.limits.max_batched_tokens = options.max_batched_tokens;
+  engine_options.spans = LevelOf(options.attention_metrics);
+  engine_options.span_every = options.attention_sample_every;
   for (const Workload& work : works) {
     int& most = engine_options.limits.max_running;
     most = std::max(most, work.readers + work.decoders);
@@ -255,7 +253,7 @@ absl::StatusOr<OfflineBench::Run> OfflineBench::Once(const Workload& work) {
   for (const auto& decoder : decoders) decoder->AwaitTokens(1);
   for (const auto& decoder : decoders) decoder->StartCounting();
   Run run;
-  run.ops = ReadProfile(*backend_);
+  const OpCounts ops = ReadProfile(*backend_), timed_ops = backend_->TimedOps();
   const absl::Time begin = absl::Now();
   std::vector<std::unique_ptr<Sequence>> readers;
   for (int i = 0; i < work.readers; ++i) {
@@ -272,8 +270,9 @@ absl::StatusOr<OfflineBench::Run> OfflineBench::Once(const Workload& work) {
     for (const auto& decoder : decoders) run.tokens += decoder->tokens();
   }
   run.seconds = absl::ToDoubleSeconds(absl::Now() - begin);
-  const OpCounts after = ReadProfile(*backend_);
-  for (int i = 0; i < kOpCount; ++i) run.ops[i] = after[i] - run.ops[i];
+  run.ops = Between(ops, ReadProfile(*backend_));
+  run.timed_ops = Between(timed_ops, backend_->TimedOps());
+  run.stats = engine_->Stats();
   for (const auto& decoder : decoders) {
     run.longest_gap = std::max(run.longest_gap, absl::ToDoubleSeconds(decoder->longest_gap()));
     engine_->Cancel(decoder->id());
@@ -294,22 +293,37 @@ absl::StatusOr<Phase> OfflineBench::Measure(const Workload& work) {
   Phase phase;
   phase.work = work;
   if (auto warm = Once(work); !warm.ok()) return warm.status();
+  const uint64_t preemptions = engine_->Stats().preemptions;
   std::vector<double> gaps;
-  phase.ops.resize(kOpCount);
   for (int i = 0; i < options_.repeats; ++i) {
     auto run = Once(work);
     if (!run.ok()) return run.status();
     phase.runs.push_back(static_cast<double>(run->tokens) / run->seconds);
     gaps.push_back(run->longest_gap);
-    for (int op = 0; op < kOpCount; ++op) phase.ops[op] += run->ops[op];
+    for (const auto& [key, count] : run->ops) phase.ops[key] += count;
+    if (work.decoders > 0) phase.cache_bytes = run->stats.cache.used_bytes;
+    phase.preemptions = run->stats.preemptions - preemptions;
   }
   phase.tokens_per_second = Median(phase.runs);
   phase.longest_gap = Median(gaps);
   if (work.readers == 0) phase.bytes_per_step = BytesPerStep(work);
+  if (options_.ops) {
+    backend_->TimeOps(true);
+    auto run = Once(work);
+    backend_->TimeOps(false);
+    if (!run.ok()) return run.status();
+    phase.timed_ops = std::move(run->timed_ops);
+    phase.timed_seconds = run->seconds;
+  }
   return phase;
 }
 
-void PrintPhase(const Phase& phase, const Roofline& roofline, bool ops) {
+std::string NameOf(const OpCounts::key_type& key) {
+  const auto& [op, kind] = key;
+  return absl::StrCat(OpName(op), kind.empty() ? "" : " ", kind);
+}
+
+void PrintPhase(const Phase& phase, const Roofline& roofline) {
   std::cout << absl::StreamFormat("%-40s %10.1f tokens/s", phase.work.name,
                                   phase.tokens_per_second);
   if (phase.work.decoders > 0) {
@@ -322,33 +336,34 @@ void PrintPhase(const Phase& phase, const Roofline& roofline, bool ops) {
                                     100 * bytes / roofline.bytes_per_second / step, bytes / 1e9);
   }
   std::cout << "\n";
-  if (!ops) return;
   int64_t total = 0;
-  for (const OpCount& op : phase.ops) total += op.nanoseconds;
-  for (int i = 0; i < kOpCount; ++i) {
-    const OpCount& op = phase.ops[i];
+  for (const auto& [key, op] : phase.timed_ops) total += op.nanoseconds;
+  for (const auto& [key, op] : phase.timed_ops) {
     if (op.calls == 0) continue;
     const double ns = static_cast<double>(std::max<int64_t>(op.nanoseconds, 1));
     const double gb = static_cast<double>(op.bytes) / ns, gop = static_cast<double>(op.flops) / ns;
     std::cout << absl::StreamFormat(
-        "    %-16s %8d calls %10.1f us each %5.1f%% of time %8.2f GB/s %4.0f%% %9.2f GOP/s "
+        "    %-30s %8d calls %10.1f us each %5.1f%% of time %8.2f GB/s %4.0f%% %9.2f GOP/s "
         "%4.0f%%\n",
-        OpName(static_cast<OpId>(i)), op.calls, ns / 1e3 / static_cast<double>(op.calls),
+        NameOf(key), op.calls, ns / 1e3 / static_cast<double>(op.calls),
         100 * ns / static_cast<double>(std::max<int64_t>(total, 1)), gb,
         1e11 * gb / roofline.bytes_per_second, gop, 1e11 * gop / roofline.operations_per_second);
   }
 }
 
-ordered_json PhaseJson(const Phase& phase) {
+ordered_json OpsJson(const OpCounts& counts) {
   ordered_json ops = ordered_json::object();
-  for (int i = 0; i < kOpCount; ++i) {
-    const OpCount& op = phase.ops[i];
+  for (const auto& [key, op] : counts) {
     if (op.calls == 0) continue;
-    ops[OpName(static_cast<OpId>(i))] = {{"calls", op.calls},
-                                         {"nanoseconds", op.nanoseconds},
-                                         {"bytes", op.bytes},
-                                         {"flops", op.flops}};
+    ops[NameOf(key)] = {{"calls", op.calls},
+                        {"nanoseconds", op.nanoseconds},
+                        {"bytes", op.bytes},
+                        {"flops", op.flops}};
   }
+  return ops;
+}
+
+ordered_json PhaseJson(const Phase& phase) {
   return {{"name", phase.work.name},
           {"readers", phase.work.readers},
           {"decoders", phase.work.decoders},
@@ -357,7 +372,11 @@ ordered_json PhaseJson(const Phase& phase) {
           {"runs", phase.runs},
           {"longest_gap_seconds", phase.longest_gap},
           {"bytes_per_step", phase.bytes_per_step},
-          {"ops", ops}};
+          {"cache_bytes", phase.cache_bytes},
+          {"preemptions", phase.preemptions},
+          {"ops", OpsJson(phase.ops)},
+          {"timed_seconds", phase.timed_seconds},
+          {"timed_ops", OpsJson(phase.timed_ops)}};
 }
 
 Workload Prefill(const BenchItem& prompt) {
@@ -422,7 +441,7 @@ int BenchModel(const BenchOptions& options) {
     if (options.json) {
       phases.push_back(PhaseJson(*phase));
     } else {
-      PrintPhase(*phase, roofline, options.ops);
+      PrintPhase(*phase, roofline);
     }
   }
   if (options.json) {

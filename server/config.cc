@@ -149,9 +149,9 @@ absl::Status Validate(const ServerConfig& c) {
   return absl::OkStatus();
 }
 
-SpanLevel LevelOf(const ServerConfig& c) {
-  if (c.attention_metrics == "off") return SpanLevel::kOff;
-  return c.attention_metrics == "layer" ? SpanLevel::kLayer : SpanLevel::kHead;
+SpanLevel LevelOf(absl::string_view attention_metrics) {
+  if (attention_metrics == "off") return SpanLevel::kOff;
+  return attention_metrics == "layer" ? SpanLevel::kLayer : SpanLevel::kHead;
 }
 
 namespace {

@@ -6,6 +6,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
 #include "absl/time/time.h"
 #include "engine/engine.h"
 #include "server/tls.h"
@@ -57,7 +58,7 @@ struct ServerConfig {
 std::optional<int> ReadConfig(int argc, char** argv, ServerConfig* config);
 // InvalidArgument naming the flag.
 absl::Status Validate(const ServerConfig& config);
-SpanLevel LevelOf(const ServerConfig& config);
+SpanLevel LevelOf(absl::string_view attention_metrics);  // one of off, layer, head
 
 // The shipped model: default/ beside the binary, ../../models/default (from a build folder) or
 // ../share/longspan/default (installed). NotFound lists where it looked.

@@ -110,7 +110,7 @@ absl::Status Server::Impl::Load(const std::function<void()>& request_shutdown) {
   engine_options.on_failure = request_shutdown;
   engine_options.page_tokens = config.page_tokens;
   engine_options.max_context = config.max_context;
-  engine_options.spans = LevelOf(config);
+  engine_options.spans = LevelOf(config.attention_metrics);
   engine_options.span_every = config.attention_sample_every;
   const int context = config.max_context > 0 ? config.max_context : model.model->spec().max_context;
   metrics =

@@ -298,6 +298,29 @@ class Bench(unittest.TestCase):
         layers = 10 * (384 * (6 + 2 + 2) * 64 + 6 * 64 * 384 + 3 * 384 * 960)
         self.assertEqual(result["phases"][0]["ops"]["MatMul"]["flops"], 2 * (64 * layers + 384 * 8192))
 
+    def test_one_more_repetition_times_each_op_and_changes_no_other_figure(self):
+        run = self.bench_shape("--prompts", "48", "--contexts", "40", "--repeats", "2", "--page-tokens", "16")
+        self.assertEqual(run.returncode, 0, run.stderr)
+        prefill, decode, _ = json.loads(run.stdout)["phases"]
+        self.assertEqual(len(prefill["runs"]), 2)
+
+        def total(ops, key):
+            return sum(op[key] for op in ops.values())
+        for key in ("calls", "bytes", "flops"):  # of two repetitions and of one
+            self.assertEqual(total(prefill["ops"], key), 2 * total(prefill["timed_ops"], key))
+        self.assertLessEqual(total(prefill["timed_ops"], "nanoseconds"), 1e9 * prefill["timed_seconds"])
+        # Of 48 tokens each sees all before it, or 16 at most; four operations a pair and dimension of 4 heads of 16.
+        timed = prefill["timed_ops"]
+        self.assertEqual(timed["Attention full"]["flops"], 4 * 4 * 16 * (48 * 49 // 2))
+        self.assertEqual(timed["Attention window 16"]["flops"], 4 * 4 * 16 * (16 * 17 // 2 + 32 * 16))
+        self.assertEqual(timed["MatMul BF16 64x96+96"]["calls"], 2)
+        # Two sequences of 41 to 47 tokens: three pages of 16 in the full layer, two in the window's ring; 2 heads of 16.
+        self.assertEqual(decode["cache_bytes"], 2 * (3 + 2) * 16 * 2 * 2 * 16 * 2)
+        self.assertEqual(decode["preemptions"], 0)
+        plain = json.loads(self.bench_shape("--prompts", "48", "--ops=false").stdout)["phases"][0]
+        self.assertEqual((plain["timed_ops"], plain["timed_seconds"]), ({}, 0))
+        self.assertGreater(plain["ops"]["MatMul"]["calls"], 0)
+
     SHAPE = {"model_type": "swa_hybrid", "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96,
              "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
              "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"],
