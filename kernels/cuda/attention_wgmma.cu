@@ -25,7 +25,6 @@ constexpr int kRows = kGroups * kGroupRows;
 constexpr int kGroupThreads = 128;
 constexpr int kThreads = (kGroups + 1) * kGroupThreads;
 constexpr int kSlots = 4;  // of the ring; keys of a block, its values, keys of the next, …
-constexpr float kLog2E = 1.4426950408889634f;
 
 // The form for heads of up to kDim channels, sizes in bytes.
 template <int kDim>
@@ -37,6 +36,10 @@ struct Shape {
   static constexpr int barriers = ring + kSlots * slot;           // full, then empty
   static constexpr int total = barriers + 2 * kSlots * 8 + 1024;  // to begin at a multiple of 1024
 };
+
+#if defined(LONGSPAN_HAS_WGMMA)
+
+constexpr float kLog2E = 1.4426950408889634f;
 
 // Which rows a block has: of `sequence`, whose rows begin at `flight` and at position `start`, the
 // `rows` query rows from `first`. Query row r is head r % group of the KV head at position
@@ -57,8 +60,6 @@ __device__ Tile Find(const Problem& p, int index) {
     index -= tiles;
   }
 }
-
-#if defined(LONGSPAN_HAS_WGMMA)
 
 // What the warps of a block know alike.
 struct Block {
