@@ -8,6 +8,8 @@
 #include "engine/engine.h"
 #include "gtest/gtest.h"
 #include "tests/support/engine_client.h"
+#include "tests/support/paths.h"
+#include "tests/support/test_device.h"
 #include "tests/support/tiny_model.h"
 
 namespace longspan {
@@ -39,9 +41,17 @@ Request Random(std::mt19937& random, const std::string& id) {
   return request;
 }
 
+// A tiny one on the CPU, so that ThreadSanitizer gets through; the shipped one on a device.
+LoadedModel TestModel(Backend& backend) {
+  if (backend.host_memory()) return testing::TinyModel(backend);
+  auto model = LoadModel(testing::SourcePath("models/default"), backend, {});
+  CHECK(model.ok()) << model.status();
+  return *std::move(model);
+}
+
 TEST(EngineStress, RandomClientsLeaveNothingBehind) {
-  auto backend = Backend::Cpu({.threads = 2});
-  LoadedModel model = testing::TinyModel(*backend);
+  const auto backend = testing::OpenTestDevice(2);
+  LoadedModel model = TestModel(*backend);
   EngineOptions options;
   options.limits.max_batched_tokens = 48;
   options.limits.max_running = 12;

@@ -12,6 +12,7 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/support/engine_client.h"
+#include "tests/support/test_device.h"
 #include "tests/support/tiny_model.h"
 
 namespace longspan {
@@ -19,6 +20,7 @@ namespace {
 
 using testing::Client;
 using testing::Complete;
+using testing::CompleteTogether;
 using ::testing::HasSubstr;
 using testing::kTinyEos;
 using testing::Outcome;
@@ -29,7 +31,7 @@ using ::testing::StartsWith;
 struct Served {
   explicit Served(EngineOptions options = {}, testing::TinyOptions tiny = {},
                   absl::AnyInvocable<void(const StepReport&)> on_step = nullptr)
-      : backend(Backend::Cpu({.threads = 1})), model(testing::TinyModel(*backend, tiny)) {
+      : backend(testing::OpenTestDevice(1)), model(testing::TinyModel(*backend, tiny)) {
     auto created = Engine::Create(&model, *backend, options, std::move(on_step));
     CHECK(created.ok()) << created.status();
     engine = *std::move(created);
@@ -90,18 +92,9 @@ Request Varied(int i) {
   return request;
 }
 
-std::vector<Outcome> RunTogether(Engine& engine, const std::vector<Request>& requests) {
-  std::vector<std::unique_ptr<Client>> clients;
-  for (const Request& request : requests) {
-    clients.push_back(std::make_unique<Client>(engine, request.n));
-    CHECK(clients.back()->Submit(request).ok());
-  }
-  std::vector<Outcome> outcomes;
-  for (auto& client : clients) outcomes.push_back(client->Wait());
-  return outcomes;
-}
-
-TEST(Engine, ABatchOfManyEqualsManyBatchesOfOneAtAnyChunkSize) {
+// EngineToTheBit: laws that need ops whose rows do not feel their neighbours nor their chunk to the
+// bit, as the CPU's are. All others hold on every device.
+TEST(EngineToTheBit, ABatchOfManyEqualsManyBatchesOfOneAtAnyChunkSize) {
   constexpr int kRequests = 16;
   std::vector<Request> requests;
   std::vector<Outcome> alone;
@@ -121,7 +114,7 @@ TEST(Engine, ABatchOfManyEqualsManyBatchesOfOneAtAnyChunkSize) {
     std::shuffle(order.begin(), order.end(), random);
     std::vector<Request> shuffled;
     for (int i : order) shuffled.push_back(requests[i]);
-    const std::vector<Outcome> together = RunTogether(*served.engine, shuffled);
+    const std::vector<Outcome> together = CompleteTogether(*served.engine, shuffled);
     for (int i = 0; i < kRequests; ++i) {
       EXPECT_TRUE(SameTokens(alone[order[i]], together[i]))
           << "request " << order[i] << " in steps of " << batched_tokens;
@@ -129,7 +122,7 @@ TEST(Engine, ABatchOfManyEqualsManyBatchesOfOneAtAnyChunkSize) {
   }
 }
 
-TEST(Engine, APreemptedSequenceContinuesAsIfItNeverWas) {
+TEST(EngineToTheBit, APreemptedSequenceContinuesAsIfItNeverWas) {
   std::vector<Request> requests;
   for (int i = 0; i < 8; ++i) requests.push_back(Ask(absl::StrCat("r", i), 60, 120, 10 + i));
   requests[0].output.logprobs = 2;
@@ -142,7 +135,7 @@ TEST(Engine, APreemptedSequenceContinuesAsIfItNeverWas) {
   Served sizes;
   const int64_t bytes = DemandOf(sizes.engine->cache_shape(), 512).bytes;
   Served served(Options(64, 16, bytes));
-  const std::vector<Outcome> together = RunTogether(*served.engine, requests);
+  const std::vector<Outcome> together = CompleteTogether(*served.engine, requests);
   for (size_t i = 0; i < requests.size(); ++i) {
     ASSERT_EQ(together[i].status, absl::OkStatus());
     EXPECT_TRUE(SameTokens(alone[i], together[i])) << i;
@@ -162,7 +155,7 @@ TEST(Engine, TheSameSeedGivesTheSameTokensAndAnotherOthers) {
   EXPECT_FALSE(SameTokens(unseeded, Complete(*served.engine, request)));
 }
 
-TEST(Engine, ChoicesDifferAndTheFirstIsTheOnlyChoiceOfN1) {
+TEST(EngineToTheBit, ChoicesDifferAndTheFirstIsTheOnlyChoiceOfN1) {
   std::optional<Outcome> reference;
   for (int running : {1, 3, 16}) {
     Served served(Options(64, running));
@@ -348,7 +341,7 @@ TEST(Engine, EosAndStopIdsEndTheTextButNotBeforeMinTokens) {
 
 // A token's logprob when it was drawn is its logprob when it is read back as a prompt, bit for bit:
 // both are the same row of the same model.
-TEST(Engine, OutputLogprobsEqualPromptLogprobsOfTheSameText) {
+TEST(EngineToTheBit, OutputLogprobsEqualPromptLogprobsOfTheSameText) {
   for (int logit_rows : {16, 64}) {
     testing::TinyOptions tiny;
     tiny.max_logit_rows = logit_rows;  // the prompt's rows come in pieces of this
@@ -378,7 +371,7 @@ TEST(Engine, OutputLogprobsEqualPromptLogprobsOfTheSameText) {
   }
 }
 
-TEST(Engine, PromptLogprobsSurviveAPreemption) {
+TEST(EngineToTheBit, PromptLogprobsSurviveAPreemption) {
   Served sizes;
   const int64_t bytes = DemandOf(sizes.engine->cache_shape(), 512).bytes;
   Request asks = Ask("asks", 300, 4, 2);
@@ -420,7 +413,7 @@ TEST(Engine, SpansOfAllRequestsAddUpToTheTotals) {
     requests.back().output.attention_spans = true;
   }
   SpanSums sum = EmptySums(served.model.model->spec());
-  for (const Outcome& outcome : RunTogether(*served.engine, requests)) {
+  for (const Outcome& outcome : CompleteTogether(*served.engine, requests)) {
     ASSERT_TRUE(outcome.finished.spans.has_value());
     const SpanSums& own = *outcome.finished.spans;
     for (size_t i = 0; i < own.sums.size(); ++i) {
@@ -638,7 +631,7 @@ TEST(Engine, AnIdMayBeUsedAgainOnceItsRequestHasFinished) {
 }
 
 TEST(Engine, RefusesOptionsThatTheModelCannotServe) {
-  auto backend = Backend::Cpu({.threads = 1});
+  auto backend = testing::OpenTestDevice(1);
   LoadedModel model = testing::TinyModel(*backend);
   EngineOptions options = Options(513);
   EXPECT_TRUE(absl::IsInvalidArgument(Engine::Create(&model, *backend, options).status()));

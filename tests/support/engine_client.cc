@@ -79,6 +79,18 @@ Outcome Complete(Engine& engine, Request request) {
   return client.Wait();
 }
 
+std::vector<Outcome> CompleteTogether(Engine& engine, const std::vector<Request>& requests) {
+  std::vector<std::unique_ptr<Client>> clients;
+  for (const Request& request : requests) {
+    clients.push_back(std::make_unique<Client>(engine, request.n));
+    const absl::Status submitted = clients.back()->Submit(request);
+    CHECK(submitted.ok()) << submitted;
+  }
+  std::vector<Outcome> outcomes;
+  for (auto& client : clients) outcomes.push_back(client->Wait());
+  return outcomes;
+}
+
 bool SameLogprobs(const std::vector<TokenLogprob>& a, const std::vector<TokenLogprob>& b) {
   if (a.size() != b.size()) return false;
   for (size_t i = 0; i < a.size(); ++i) {

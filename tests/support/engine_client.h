@@ -48,6 +48,8 @@ class Client {
 
 // Submits and waits; a refused request has its refusal as the status.
 Outcome Complete(Engine& engine, Request request);
+// Submits all, which must be taken, then waits for all.
+std::vector<Outcome> CompleteTogether(Engine& engine, const std::vector<Request>& requests);
 bool SameTokens(const Outcome& a, const Outcome& b);
 bool SameLogprobs(const std::vector<TokenLogprob>& a, const std::vector<TokenLogprob>& b);
 

@@ -20,7 +20,8 @@ struct Directories {
 }  // namespace
 
 std::string SourcePath(const std::string& relative) {
-  return std::string(LONGSPAN_SOURCE_DIR) + "/" + relative;
+  const char* moved = std::getenv("LONGSPAN_SOURCE_DIR");
+  return std::string(moved != nullptr ? moved : LONGSPAN_SOURCE_DIR) + "/" + relative;
 }
 
 std::string TempDir() {

@@ -4,7 +4,8 @@
 
 namespace longspan::testing {
 
-std::string SourcePath(const std::string& relative);  // below the source tree
-std::string TempDir();                                // fresh, removed at exit
+// Below the source tree; $LONGSPAN_SOURCE_DIR says where it has moved to since the build.
+std::string SourcePath(const std::string& relative);
+std::string TempDir();  // fresh, removed at exit
 
 }  // namespace longspan::testing
