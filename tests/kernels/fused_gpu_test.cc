@@ -12,9 +12,13 @@
 
 #include "kernels/backend.h"
 #include "kernels/convert.h"
+#include "tests/support/test_device.h"
+#include "tests/support/travel.h"
 
 namespace longspan {
 namespace {
+
+using testing::Travel;
 
 constexpr float kEps = 1e-5f;
 // Sums of `terms` squares, in eight lanes on the CPU and in another order here, whose roundings are
@@ -34,33 +38,6 @@ std::vector<float> Weights(size_t count, uint32_t seed) {
   for (float& x : values) x = 1 + std::tanh(x) / 2;
   return values;
 }
-
-// Vectors that an op works on, where its backend can reach them; ops change them by Home().
-class Travel {
- public:
-  explicit Travel(Backend& backend) : backend_(backend) {}
-
-  template <class T>
-  T* operator()(std::vector<T>& values) {
-    if (backend_.host_memory()) return values.data();
-    const size_t bytes = values.size() * sizeof(T);
-    Buffer& there = buffers_.emplace_back(backend_.Allocate(bytes));
-    backend_.CopyIn(there.data(), values.data(), bytes);
-    homes_.push_back(values.data());
-    return reinterpret_cast<T*>(there.data());
-  }
-  void Home() {
-    for (size_t i = 0; i < homes_.size(); ++i) {
-      backend_.CopyOut(homes_[i], buffers_[i].data(), buffers_[i].bytes());
-    }
-    ASSERT_EQ(backend_.Fault(), "");
-  }
-
- private:
-  Backend& backend_;
-  std::vector<Buffer> buffers_;
-  std::vector<void*> homes_;
-};
 
 std::vector<uint16_t> Rounded(const std::vector<float>& values) {
   std::vector<uint16_t> rounded(values.size());
@@ -83,9 +60,7 @@ void ExpectNear(const std::vector<float>& got, const std::vector<float>& want, d
 class CudaFused : public ::testing::Test {
  protected:
   static void SetUpTestSuite() {
-    std::string why;
-    gpu_ = Backend::Cuda(0, &why).release();
-    CHECK(gpu_ != nullptr) << why;
+    gpu_ = testing::OpenTestDevice(0, "cuda:0").release();
     cpu_ = Backend::Cpu({}).release();
   }
   static void TearDownTestSuite() {
@@ -382,10 +357,12 @@ TEST_F(CudaFused, GatedActivationOfBf16IsThatOfTheSameNumbersInF32) {
   }
 }
 
-// Sequences of `counts` rows each, at scattered positions of scattered pages.
+// Sequences of `counts` rows each, at scattered positions of scattered pages: paged (window 0), or
+// rings, in which some wrap.
 std::vector<uint8_t> Stored(Backend& backend, const std::vector<int>& counts, DType dtype,
                             int kv_heads, int dim, int window) {
-  constexpr int kPageTokens = 16, kSlots = 5;
+  constexpr int kPageTokens = 16;
+  const int slots = window > 0 ? (window - 1 + kPageTokens - 1) / kPageTokens + 1 : 5;
   const int sequences = static_cast<int>(counts.size());
   std::vector<int32_t> row_begin = {0}, start, table;
   for (int s = 0; s < sequences; ++s) {
@@ -395,7 +372,7 @@ std::vector<uint8_t> Stored(Backend& backend, const std::vector<int>& counts, DT
   const int rows = row_begin.back(), columns = kv_heads * dim;
   const int64_t kv_bytes = BytesOf(dtype, int64_t{kv_heads} * kPageTokens * dim);
   const int64_t page_bytes = (2 * kv_bytes + kPageUnitBytes - 1) / kPageUnitBytes * kPageUnitBytes;
-  const int pages = sequences * kSlots;
+  const int pages = sequences * slots;
   for (int i = 0; i < pages; ++i) {
     table.push_back(static_cast<int32_t>((pages - 1 - i) * page_bytes / kPageUnitBytes));
   }
@@ -416,7 +393,7 @@ std::vector<uint8_t> Stored(Backend& backend, const std::vector<int>& counts, DT
   args.cache.kv_heads = kv_heads;
   args.cache.head_dim = dim;
   args.cache.table = there(table);
-  args.cache.table_stride = args.cache.slots = kSlots;
+  args.cache.table_stride = args.cache.slots = slots;
   args.batch = {sequences, rows, there(row_begin), there(start), row_begin.data(), start.data()};
   args.window = window;
   backend.Run(backend.ops().StoreKv, args);
@@ -431,7 +408,7 @@ TEST_F(CudaFused, StoreKvEqualsTheCpus) {
        {std::vector<int>{1}, std::vector<int>(64, 1), many, std::vector<int>{0, 40, 0, 0, 3, 1}}) {
     for (DType dtype : {DType::kBF16, DType::kF32}) {
       for (int dim : {1, 33, 64, 80, 96, 128, 250, 256}) {
-        for (int window : {0, 17}) {
+        for (int window : {0, 1, 16, 17, 64}) {
           EXPECT_EQ(Stored(*gpu_, counts, dtype, 2, dim, window),
                     Stored(*cpu_, counts, dtype, 2, dim, window))
               << counts.size() << " sequences, heads of " << dim << ", window " << window;
