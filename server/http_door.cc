@@ -1,13 +1,26 @@
 #include "server/http_door.h"
 
 #include <civetweb.h>
+#include <dlfcn.h>
+#include <pthread.h>
 #include <zlib.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "kernels/check.h"
+
+// libcivetweb asks for 100 KiB for each of its threads, of which glibc takes what the libraries of
+// the process keep per thread: cuBLASLt alone 92 KiB. No thread starts with what is left, and
+// nothing of libcivetweb's says otherwise, so that its call comes here before it goes to glibc.
+extern "C" int pthread_attr_setstacksize(pthread_attr_t* attributes, size_t bytes) noexcept {
+  constexpr size_t kLeastBytes = 1 << 20;
+  using Set = int (*)(pthread_attr_t*, size_t);
+  static const auto set = reinterpret_cast<Set>(dlsym(RTLD_NEXT, "pthread_attr_setstacksize"));
+  return set(attributes, std::max(bytes, kLeastBytes));
+}
 
 namespace longspan {
 namespace {
