@@ -83,6 +83,13 @@ struct CpuOptions {
   std::string simd = "";  // "": the best this machine has; else "avx512", "avx2" or "portable"
 };
 
+struct CudaOptions {
+  int device = 0;
+  // A row's result is the same to the bit whatever shares its step and however its sequence was cut
+  // into steps, as it always is on the CPU. Slower: one form of each op serves any number of rows.
+  bool deterministic = false;
+};
+
 class Backend {
  public:
   // A CPU backend; dies (CHECK) on an unknown simd name or one that the machine cannot run.
@@ -92,7 +99,7 @@ class Backend {
   // nullptr with *why set when there is no usable GPU or the build has no CUDA (cuda_absent.cc).
   // Its ops return before the device has done them, so that its profile's times are those of
   // issuing, except under TimeOps().
-  static std::unique_ptr<Backend> Cuda(int device, std::string* why);
+  static std::unique_ptr<Backend> Cuda(const CudaOptions& options, std::string* why);
 
   virtual ~Backend() = default;
   Backend(const Backend&) = delete;

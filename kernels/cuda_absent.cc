@@ -3,7 +3,7 @@
 
 namespace longspan {
 
-std::unique_ptr<Backend> Backend::Cuda(int, std::string* why) {
+std::unique_ptr<Backend> Backend::Cuda(const CudaOptions&, std::string* why) {
   *why = "this build has no CUDA backend: configure with -DLONGSPAN_CUDA=ON";
   return nullptr;
 }

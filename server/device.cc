@@ -15,7 +15,7 @@ absl::StatusOr<std::unique_ptr<Backend>> OpenDevice(const std::string& device, i
         absl::StrCat("--device is '", device, "', must be cpu or cuda:N"));
   }
   std::string why;
-  auto backend = Backend::Cuda(index, &why);
+  auto backend = Backend::Cuda({.device = index}, &why);
   if (backend == nullptr) return absl::UnavailableError(absl::StrCat(device, ": ", why));
   return backend;
 }

@@ -75,7 +75,7 @@ class CudaBackend : public Backend {
   }
 
   DType ProductInput(const MatMulArgs& product) const override {
-    return cuda::ProductInput(product);
+    return cuda::ProductInput(*context_, product);
   }
 
   void Repeat(uint64_t key, const std::function<void()>& issue) override {
@@ -241,7 +241,8 @@ bool Ok(BackendContext& context, cublasStatus_t status, const char* what) {
 
 }  // namespace cuda
 
-std::unique_ptr<Backend> Backend::Cuda(int device, std::string* why) {
+std::unique_ptr<Backend> Backend::Cuda(const CudaOptions& options, std::string* why) {
+  const int device = options.device;
   int count = 0;
   if (const cudaError_t error = cudaGetDeviceCount(&count); error != cudaSuccess || count == 0) {
     *why = std::string("no usable GPU: ") +
@@ -263,6 +264,7 @@ std::unique_ptr<Backend> Backend::Cuda(int device, std::string* why) {
     return nullptr;
   }
   c.device = device;
+  c.deterministic = options.deterministic;
   c.compute_capability = 10 * properties.major + properties.minor;
   if (c.compute_capability < kOldestCapability) {
     std::ostringstream text;
@@ -292,7 +294,7 @@ std::unique_ptr<Backend> Backend::Cuda(int device, std::string* why) {
   }
   std::ostringstream name;
   name << "cuda:" << device << " (" << properties.name << ", " << (properties.totalGlobalMem >> 20)
-       << " MiB)";
+       << " MiB" << (c.deterministic ? ", deterministic)" : ")");
   return std::make_unique<CudaBackend>(std::move(context), in, out, name.str());
 }
 

@@ -19,7 +19,8 @@ struct BackendContext : longspan::BackendContext {
   int compute_capability = 0;  // 90 for sm_90
   int sm_count = 0;
   size_t l2_bytes = 0;
-  int max_shared_bytes = 0;  // of one block, opted in
+  int max_shared_bytes = 0;    // of one block, opted in
+  bool deterministic = false;  // CudaOptions::deterministic
   cublasLtHandle_t cublas = nullptr;
 
   // Scratch memory for the op that asks, 256-byte aligned, from one allocation made at start. What

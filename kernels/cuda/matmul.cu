@@ -1,4 +1,7 @@
-// out = x · weightᵀ: chooses by weight type and number of rows.
+// out = x · weightᵀ: chooses by weight type and, unless the backend is deterministic, number of
+// rows.
+#include <algorithm>
+
 #include "kernels/cuda/check_cuda.h"
 #include "kernels/cuda/matmul.h"
 #include "kernels/cuda/ops_cuda.h"
@@ -17,8 +20,9 @@ bool RowsOf16(const View& v) {
   return reinterpret_cast<uintptr_t>(v.data) % 16 == 0 && BytesOf(v.dtype, v.stride[0]) % 16 == 0;
 }
 
-bool InTiles(const Product& p) {
+bool InTiles(const BackendContext& context, const Product& p) {
   const DType type = p.weight.dtype;
+  if (context.deterministic) return type == DType::kBF16 || type == DType::kF16;
   return p.rows() > (IsQuantised(type) ? kFewBlockRows : kFewFloatRows) && RowsOf16(p.out) &&
          (IsQuantised(type) || RowsOf16(p.weight)) &&
          (p.x.dtype != TileType(type) || RowsOf16(p.x));
@@ -51,9 +55,17 @@ int Products(const MatMulArgs& a, Product (&products)[3]) {
   return count;
 }
 
+MatMulArgs RowsOf(MatMulArgs a, int64_t begin, int64_t count) {
+  for (View* view : {&a.x, &a.out}) {
+    view->data = view->row(begin);
+    view->shape[0] = count;
+  }
+  return a;
+}
+
 }  // namespace
 
-DType ProductInput(const MatMulArgs& a) {
+DType ProductInput(const BackendContext& context, const MatMulArgs& a) {
   Product products[3];
   MatMulArgs narrow = a;  // out may become BF16, which asks more of its columns
   narrow.out.dtype = DType::kBF16;
@@ -61,24 +73,32 @@ DType ProductInput(const MatMulArgs& a) {
   for (int i = 0; i < count; ++i) {
     Product& p = products[i];
     p.x.dtype = DType::kBF16;
-    if (TileType(p.weight.dtype) != DType::kBF16 || !InTiles(p)) return DType::kF32;
+    if (TileType(p.weight.dtype) != DType::kBF16 || !InTiles(context, p)) return DType::kF32;
   }
   return DType::kBF16;
 }
 
 void MatMul(BackendContext& context, const MatMulArgs& a) {
-  CHECK(a.x.dtype == DType::kF32 || a.x.dtype == ProductInput(a)) << Info(a.x.dtype).name;
+  CHECK(a.x.dtype == DType::kF32 || a.x.dtype == ProductInput(context, a)) << Info(a.x.dtype).name;
   CHECK(a.out.dtype == DType::kF32 || (a.out.dtype == DType::kBF16 && a.x.dtype == DType::kBF16))
       << Info(a.out.dtype).name;
   CHECK_EQ(a.x.shape[0], a.out.shape[0]);
   const int64_t rows = a.x.shape[0], in = a.x.shape[1];
   if (rows == 0) return;
+  const auto most =
+      static_cast<int64_t>(BackendContext::kWorkspaceBytes / QuantisedRows::Bytes(1, in));
+  if (rows > most) {
+    for (int64_t begin = 0; begin < rows; begin += most) {
+      MatMul(context, RowsOf(a, begin, std::min(most, rows - begin)));
+    }
+    return;
+  }
   QuantisedRows quantised{};
   Product products[3];
   const int count = Products(a, products);
   for (int i = 0; i < count; ++i) {
     const Product& p = products[i];
-    if (InTiles(p)) {
+    if (InTiles(context, p)) {
       MultiplyTiles(context, p);
       quantised = {};  // its memory was used
     } else if (IsQuantised(p.weight.dtype)) {

@@ -7,7 +7,7 @@ namespace longspan::cuda {
 
 // One weight and where its product goes.
 struct Product {
-  View x;       // [rows, in] F32; BF16 only for MultiplyTiles
+  View x;       // [rows, in] F32; rounded only for MultiplyTiles and MultiplyInvariant
   View weight;  // [columns, in]
   View out;     // [rows, columns] F32; BF16 only for MultiplyTiles
   int64_t rows() const { return x.shape[0]; }
@@ -41,9 +41,12 @@ void MultiplyBlocks(BackendContext& context, const Product& product, const Quant
 // activations of some models leave F16's range. An F32 x is rounded to it. Sums are F32.
 inline DType TileType(DType weight) { return IsQuantised(weight) ? DType::kBF16 : weight; }
 void MultiplyTiles(BackendContext& context, const Product& product);
+// Any number of rows, x and weight both BF16 or both F16, of any alignment. A row's result depends
+// neither on how many rows there are nor on its place among them.
+void MultiplyInvariant(BackendContext& context, const Product& product);
 
 // As Backend::ProductInput.
-DType ProductInput(const MatMulArgs& product);
+DType ProductInput(const BackendContext& context, const MatMulArgs& product);
 
 // What MultiplyTiles found out about shapes; lives as long as the context.
 struct TilePlans;

@@ -1,5 +1,6 @@
 // Few rows times block weights, straight from the blocks: kParts lanes share a block, a warp
-// multiplies one weight row by up to kRows rows of x with byte dot products.
+// multiplies one weight row by up to kRows rows of x with byte dot products. Sums are written as
+// fmaf, so that they round alike for every kRows.
 #include "kernels/cuda/blocks.cuh"
 #include "kernels/cuda/matmul.h"
 #include "kernels/cuda/numbers.cuh"
@@ -70,8 +71,8 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarp) DotBlocks(BlockArgs a) 
           if constexpr (B::kMin) total = __dp4a(0x01010101, x, total);
         }
         float value = scale[s] * static_cast<float>(dot);
-        if constexpr (B::kMin) value -= min[s] * static_cast<float>(total);
-        sum[r] += x_scale[B::At(part, s * kRun) / kGroup] * value;
+        if constexpr (B::kMin) value = fmaf(-min[s], static_cast<float>(total), value);
+        sum[r] = fmaf(x_scale[B::At(part, s * kRun) / kGroup], value, sum[r]);
       }
     }
   }

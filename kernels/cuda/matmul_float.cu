@@ -1,5 +1,6 @@
 // Few rows times float weights: kSplit warps multiply kColumns weight rows by up to kRows rows of
-// x, so that each weight is read once and each element of x serves several weights.
+// x, so that each weight is read once and each element of x serves several weights. Sums are
+// written as fmaf, so that they round alike for every kRows.
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/matmul.h"
 #include "kernels/cuda/numbers.cuh"
@@ -57,10 +58,10 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarp) DotFloats(FloatArgs a) 
 #pragma unroll
           for (int c = 0; c < kColumns; ++c) {
             const T* w = reinterpret_cast<const T*>(&raw[c]) + 4 * quad;
-            sum[r][c] += ToFloat(w[0]) * v.x;
-            sum[r][c] += ToFloat(w[1]) * v.y;
-            sum[r][c] += ToFloat(w[2]) * v.z;
-            sum[r][c] += ToFloat(w[3]) * v.w;
+            sum[r][c] = fmaf(ToFloat(w[0]), v.x, sum[r][c]);
+            sum[r][c] = fmaf(ToFloat(w[1]), v.y, sum[r][c]);
+            sum[r][c] = fmaf(ToFloat(w[2]), v.z, sum[r][c]);
+            sum[r][c] = fmaf(ToFloat(w[3]), v.w, sum[r][c]);
           }
         }
       }
@@ -70,7 +71,7 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarp) DotFloats(FloatArgs a) 
     for (int i = part * kWarp + lane; i < a.in; i += kSplit * kWarp) {
       for (int c = 0; c < kColumns; ++c) {
         const float w = ToFloat(weight[c][i]);
-        for (int r = 0; r < kRows; ++r) sum[r][c] += w * x[r][i];
+        for (int r = 0; r < kRows; ++r) sum[r][c] = fmaf(w, x[r][i], sum[r][c]);
       }
     }
   }

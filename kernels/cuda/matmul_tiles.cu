@@ -1,5 +1,5 @@
 // Many rows: cuBLASLt on the tensor cores, with both sides in one type. Block weights become bf16 a
-// panel of outputs at a time.
+// panel of outputs at a time. On a deterministic backend it only rounds x.
 #include <algorithm>
 #include <map>
 #include <tuple>
@@ -121,6 +121,10 @@ void Multiply(BackendContext& context, DType type, const void* weight, const voi
      "cuBLASLt");
 }
 
+View MatrixOf(const void* data, DType type, int64_t rows, int64_t columns, int64_t stride) {
+  return {const_cast<void*>(data), type, 2, {rows, columns, 0}, {stride, 1, 0}};
+}
+
 template <class T>
 __global__ void Round(const float* x, int64_t stride, T* out, int64_t in) {
   const int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x;
@@ -176,9 +180,16 @@ void MultiplyTiles(BackendContext& context, const Product& p) {
         });
         weight = panel;
       }
+      const int64_t x_stride = rounds ? in : p.x.stride[0];
       void* out = static_cast<std::byte*>(p.out.row(row)) + BytesOf(p.out.dtype, column);
-      Multiply(context, type, weight, x, rounds ? in : p.x.stride[0], rows, columns, in,
-               p.out.dtype, out, p.out.stride[0], library);
+      if (context.deterministic) {
+        MultiplyInvariant(context, {MatrixOf(x, type, rows, in, x_stride),
+                                    MatrixOf(weight, type, columns, in, in),
+                                    MatrixOf(out, p.out.dtype, rows, columns, p.out.stride[0])});
+      } else {
+        Multiply(context, type, weight, x, x_stride, rows, columns, in, p.out.dtype, out,
+                 p.out.stride[0], library);
+      }
     }
   }
 }

@@ -245,7 +245,7 @@ int Main(int argc, char** argv) {
   std::string why;
   const auto backend = flags.device == "cpu"
                            ? Backend::Cpu({})
-                           : Backend::Cuda(std::atoi(flags.device.c_str() + 5), &why);
+                           : Backend::Cuda({.device = std::atoi(flags.device.c_str() + 5)}, &why);
   if (backend == nullptr) {
     std::fprintf(stderr, "attention_bench: %s\n", why.c_str());
     return 1;

@@ -18,7 +18,7 @@ class CudaAttention : public ::testing::Test {
  protected:
   static void SetUpTestSuite() {
     std::string why;
-    backend_ = Backend::Cuda(0, &why).release();
+    backend_ = Backend::Cuda({}, &why).release();
     CHECK(backend_ != nullptr) << why;
   }
   static void TearDownTestSuite() { delete backend_; }

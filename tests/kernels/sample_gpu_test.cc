@@ -54,7 +54,7 @@ class CudaSample : public ::testing::Test {
  protected:
   void SetUp() override {
     std::string why;
-    gpu_ = Backend::Cuda(0, &why);
+    gpu_ = Backend::Cuda({}, &why);
     if (gpu_ == nullptr) GTEST_SKIP() << why;
     cpu_ = Backend::Cpu({.threads = 4});
   }

@@ -18,7 +18,7 @@ class CudaTiming : public ::testing::Test {
  protected:
   void SetUp() override {
     std::string why;
-    backend_ = Backend::Cuda(0, &why);
+    backend_ = Backend::Cuda({}, &why);
     ASSERT_NE(backend_, nullptr) << why;
     memory_ = backend_->Allocate(kSide * kSide * 2 + 2 * kSide * 4);
     ASSERT_NE(memory_.data(), nullptr);

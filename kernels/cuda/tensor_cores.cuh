@@ -1,0 +1,63 @@
+#pragma once
+// The instructions that bring tiles into shared memory and multiply them there, as a warp issues
+// them. T is __nv_bfloat16 or __half; a row of 16 bytes is 8 of them.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace longspan::cuda {
+
+__device__ __forceinline__ uint32_t Shared(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// Four 8 x 8 matrices; lane l gives the address of row l % 8 of matrix l / 8.
+template <class T>
+__device__ __forceinline__ void LoadMatrices(uint32_t (&to)[4], const T* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(Shared(row)));
+}
+template <class T>
+__device__ __forceinline__ void LoadTransposed(uint32_t (&to)[4], const T* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(Shared(row)));
+}
+
+// sum[16, 8] += a[16, 16] · b[16, 8]. Lane l has of sum rows l / 4 (elements 0, 1) and l / 4 + 8,
+// columns l % 4 * 2 and the next.
+template <class T>
+__device__ __forceinline__ void Multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0,
+                                         uint32_t b1) {
+  if constexpr (std::is_same_v<T, __half>) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+}
+
+// 16 bytes from global to shared memory, or zeros.
+template <class T>
+__device__ __forceinline__ void CopyAsync(T* to, const T* from, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(Shared(to)), "l"(from),
+               "r"(valid ? 16 : 0));
+}
+__device__ __forceinline__ void Commit() { asm volatile("cp.async.commit_group;"); }
+// Until all but the last kPending groups of this thread's copies are there.
+template <int kPending>
+__device__ __forceinline__ void Await() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending));
+}
+
+}  // namespace longspan::cuda
