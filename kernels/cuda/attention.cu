@@ -218,8 +218,13 @@ class Splits {
   // Makes the records of observed rows, and nothing else.
   void Observe(int begin, int end) {
     piece_.out = nullptr;
-    for (int i = FirstObserved(begin); i < FirstObserved(end); ++i) {
-      RunPiece(spans_.HostRows()[i], 1);
+    const int32_t* rows = spans_.HostRows();
+    const int end_observed = FirstObserved(end);
+    for (int i = FirstObserved(begin); i < end_observed;) {
+      int next = i + 1;  // rows that follow each other go together
+      while (next < end_observed && next - i < most_ && rows[next] == rows[i] + next - i) ++next;
+      RunPiece(rows[i], next - i);
+      i = next;
     }
   }
 
@@ -262,7 +267,7 @@ void Run(BackendContext& context, const AttentionArgs& a, const Problem& p) {
   Splits<T, kPer> splits(context, a, p);
   const int32_t* begin = a.batch.HostRowBegin();
   const bool tiles = AttendsInTiles(p);
-  const auto Tiled = [&](int s) { return tiles && begin[s + 1] - begin[s] >= kTileRows; };
+  const auto Tiled = [&](int s) { return tiles && begin[s + 1] - begin[s] >= p.tile_rows; };
   bool any_tiled = false;
   for (int s = 0; s < a.batch.sequences;) {
     if (Tiled(s)) {
@@ -276,8 +281,13 @@ void Run(BackendContext& context, const AttentionArgs& a, const Problem& p) {
   }
   if (!any_tiled) return;
   (AttendsInWgmma(context, p) ? AttendWgmma : AttendTiles)(context, p);
-  for (int s = 0; s < a.batch.sequences; ++s) {
-    if (Tiled(s)) splits.Observe(begin[s], begin[s + 1]);
+  for (int s = 0; s < a.batch.sequences;) {
+    const int first = begin[s];
+    for (; s < a.batch.sequences && Tiled(s); ++s) {
+    }
+    splits.Observe(first, begin[s]);
+    for (; s < a.batch.sequences && !Tiled(s); ++s) {
+    }
   }
 }
 
@@ -320,6 +330,7 @@ void Attention(BackendContext& context, const AttentionArgs& a) {
   p.dim = static_cast<int>(a.query.shape[2]);
   p.group = p.heads / a.cache.kv_heads;
   p.half_out = a.out.dtype == DType::kBF16;
+  p.tile_rows = context.deterministic ? 1 : kTileRows;
   CHECK_LE(p.dim, 256);
   CHECK_EQ(p.heads % a.cache.kv_heads, 0);
   CHECK(p.half_out || a.out.dtype == DType::kF32) << Info(a.out.dtype).name;

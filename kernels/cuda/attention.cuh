@@ -26,6 +26,7 @@ struct Problem {
   int window, heads, dim, group;
   bool half_out;       // out is BF16
   bool whole_vectors;  // rows of keys and values may be read in vectors
+  int tile_rows;       // sequences of fewer rows in the step are attended row by row
 };
 
 // Row `j - start` of the step's own keys or values where j >= start, else the cache's position j.
@@ -125,10 +126,10 @@ void AttendSplits(BackendContext& context, const Piece& piece, int rows);
 // The records of `observed` rows whose splits are merged.
 void ObserveSpans(BackendContext& context, const Piece& piece, int observed);
 
-// A sequence with this many rows in a step is attended in tiles if AttendsInTiles, else row by row.
+// Problem::tile_rows, if AttendsInTiles; on a deterministic backend every sequence's rows are.
 constexpr int kTileRows = 16;
 bool AttendsInTiles(const Problem& problem);
-// The sequences that have at least kTileRows rows.
+// The sequences that have at least tile_rows rows.
 void AttendTiles(BackendContext& context, const Problem& problem);
 // The same where a BF16 out allows queries and probabilities of that type, on sm_90a.
 bool AttendsInWgmma(const BackendContext& context, const Problem& problem);

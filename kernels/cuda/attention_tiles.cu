@@ -7,10 +7,16 @@
 //
 // Queries and probabilities are fp32 and the tensor cores take bf16: each is the sum of two bf16,
 // which keeps 16 bits of it, at the price of twice the products. Keys and values are bf16 already.
+//
+// On a deterministic backend a step's every row comes here. Its keys are cut into splits aligned to
+// absolute positions, each with a softmax of its own, and the splits join in order. Where memory
+// holds what all splits leave, each is a block's and a second kernel joins them: decoding has
+// enough blocks so. Else a block takes its splits one after another. The operations are the same.
 #include <algorithm>
 
 #include "kernels/cuda/attention.cuh"
 #include "kernels/cuda/check_cuda.h"
+#include "kernels/cuda/tensor_cores.cuh"
 
 namespace longspan::cuda {
 namespace {
@@ -20,43 +26,20 @@ using bf16 = __nv_bfloat16;
 constexpr int kRows = 64;  // of a block; 16 a warp
 constexpr int kThreads = kRows / 16 * kWarp;
 constexpr float kLog2E = 1.4426950408889634f;
+constexpr int kMostGridZ = 65535;
+constexpr int kFixedSplit = 256;  // keys: long enough to hide joining, short enough for decoding
 
 // The form for heads of up to kDim channels, in shared memory rows padded by 16 bytes, so that
 // ldmatrix meets no bank twice.
 template <int kDim>
 struct Shape {
   static constexpr int keys = kDim > 128 ? 32 : 64;  // of a stage; two stages
+  static constexpr int split = kFixedSplit / keys;   // stages of a split
   static constexpr int stride = kDim + 8;
   static constexpr int query = kRows * stride;  // elements
   static constexpr int stage = keys * stride;
   static constexpr size_t bytes = sizeof(bf16) * (2 * query + 4 * stage);
 };
-
-__device__ __forceinline__ uint32_t Shared(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
-// Four 8 x 8 matrices; lane l gives the address of row l % 8 of matrix l / 8.
-__device__ __forceinline__ void LoadMatrices(uint32_t (&to)[4], const bf16* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(Shared(row)));
-}
-__device__ __forceinline__ void LoadTransposed(uint32_t (&to)[4], const bf16* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(Shared(row)));
-}
-
-// sum[16, 8] += a[16, 16] · b[16, 8]
-__device__ __forceinline__ void Multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0,
-                                         uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
 
 __device__ __forceinline__ uint32_t Pack(bf16 low, bf16 high) {
   return static_cast<uint32_t>(__bfloat16_as_ushort(low)) |
@@ -71,12 +54,6 @@ __device__ __forceinline__ void Split(float x, float y, uint32_t* high, uint32_t
               __float2bfloat16_rn(y - __bfloat162float(hy)));
 }
 
-// 16 bytes from global to shared memory, or zeros.
-__device__ __forceinline__ void CopyAsync(bf16* to, const bf16* from, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(Shared(to)), "l"(from),
-               "r"(valid ? 16 : 0));
-}
-
 // Which rows a block has.
 struct Tile {
   int sequence, start, flight;  // as in At
@@ -85,9 +62,15 @@ struct Tile {
 
 // Tiles in the order of sequences; of a sequence with few rows none.
 __device__ Tile Find(const Problem& p, int index) {
-  for (int s = 0;; ++s) {
+  int s = 0;
+  if (p.tile_rows == 1 && p.batch.rows == p.batch.sequences) {  // all decode: no search
+    const int tiles = (p.group + kRows - 1) / kRows;
+    s = index / tiles;
+    index %= tiles;
+  }
+  for (;; ++s) {
     const int begin = p.batch.row_begin[s], rows = p.batch.row_begin[s + 1] - begin;
-    if (rows < kTileRows) continue;
+    if (rows < p.tile_rows) continue;
     const int tiles = (rows * p.group + kRows - 1) / kRows;
     if (index < tiles) {
       const int first = index * kRows;
@@ -97,10 +80,54 @@ __device__ Tile Find(const Problem& p, int index) {
   }
 }
 
-// grid: tiles, KV heads. Query row r of a sequence is head r % group of the KV head at position
-// start + r / group.
-template <int kDim>
-__global__ void __launch_bounds__(kThreads) Attend(const Problem p) {
+// Where splits leave what they know.
+struct Splits {
+  int first_tile;  // of the launch
+  // 0: a block takes a tile's splits in turn, and `memory` is for the sums of those before: [tiles
+  // of the launch, KV heads, kDim / 8, kThreads], four numbers each. Else a block takes one, and
+  // `memory` is [rows, heads, most, dim + 2]: sums, then top and total.
+  int most;  // of a row
+  float* memory;
+};
+
+// The first split that a row at this position sees.
+__device__ __forceinline__ int FirstSplit(const Problem& p, int position) {
+  return (p.window > 0 ? max(0, position - p.window + 1) : 0) / kFixedSplit;
+}
+
+// What a row's sums are multiplied with.
+struct Factors {
+  float before, next;
+};
+
+// The softmax of a row's keys so far, joined by that of the next; a top is in powers of two.
+// Written as fmaf, so that it rounds alike in both kernels.
+__device__ __forceinline__ Factors Join(float* top, float* total, float next_top,
+                                        float next_total) {
+  const float most = fmaxf(*top, next_top);
+  if (most == -INFINITY) return {1, 0};
+  const Factors by = {exp2f(*top - most), exp2f(next_top - most)};
+  *total = fmaf(next_total, by.next, *total * by.before);
+  *top = most;
+  return by;
+}
+__device__ __forceinline__ float JoinSums(float before, float next, const Factors& by) {
+  return fmaf(next, by.next, before * by.before);
+}
+
+// The total joined by the head's sink. Returns what the sums are multiplied with.
+__device__ __forceinline__ float JoinSink(const Problem& p, int head, float top, float* total) {
+  if (p.sinks == nullptr) return 1;
+  const float sink = __fmul_rn(p.sinks[head], kLog2E), most = fmaxf(top, sink);
+  const float weight = exp2f(top - most);
+  *total = fmaf(*total, weight, exp2f(sink - most));
+  return weight;
+}
+
+// grid: tiles, KV heads, splits of a tile if each is a block's. Query row r of a sequence is head
+// r % group of the KV head at position start + r / group. kFixed: in splits.
+template <int kDim, bool kFixed>
+__global__ void __launch_bounds__(kThreads) Attend(const Problem p, const Splits splits) {
   using S = Shape<kDim>;
   extern __shared__ __align__(16) unsigned char memory[];
   bf16* const query_high = reinterpret_cast<bf16*>(memory);
@@ -108,12 +135,20 @@ __global__ void __launch_bounds__(kThreads) Attend(const Problem p) {
   bf16* const stages = query_low + S::query;  // keys, values, keys, values
 
   // The last rows see the most keys: they begin first.
-  const Tile tile = Find(p, gridDim.x - 1 - blockIdx.x);
+  const Tile tile = Find(p, splits.first_tile + gridDim.x - 1 - blockIdx.x);
   const int kv_head = blockIdx.y;
   const int first_position = tile.start + tile.first / p.group;
   const int last_position = tile.start + (tile.first + tile.rows - 1) / p.group;
   const int first_key = p.window > 0 ? max(0, first_position - p.window + 1) : 0;
+  int block = first_key / S::keys, end_block = last_position / S::keys + 1;
+  if (kFixed && splits.most > 0) {
+    const int split = first_key / kFixedSplit + static_cast<int>(blockIdx.z);
+    block = max(block, split * S::split);
+    end_block = min(end_block, (split + 1) * S::split);
+    if (block >= end_block) return;
+  }
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const bool busy = !kFixed || warp * 16 < tile.rows;
   const float scale = p.softcap > 0 ? p.scale : p.scale * kLog2E;
 
   for (int i = threadIdx.x; i < kRows * kDim / 2; i += kThreads) {
@@ -146,7 +181,7 @@ __global__ void __launch_bounds__(kThreads) Attend(const Problem p) {
       CopyAsync(to + k * S::stride + d, key, valid);
       CopyAsync(to + S::stage + k * S::stride + d, value, valid);
     }
-    asm volatile("cp.async.commit_group;");
+    Commit();
   };
 
   // Lane l has two rows of its warp's 16, l / 4 and l / 4 + 8, and of every 8 columns the two from
@@ -160,17 +195,7 @@ __global__ void __launch_bounds__(kThreads) Attend(const Problem p) {
   float sum[kDim / 8][4] = {};
   float highest[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0};  // highest in powers of two
 
-  const int end_block = last_position / S::keys + 1;
-  int block = first_key / S::keys;
-  LoadKeys(block);
-  for (; block < end_block; ++block) {
-    if (block + 1 < end_block) {
-      LoadKeys(block + 1);
-      asm volatile("cp.async.wait_group 1;");
-    } else {
-      asm volatile("cp.async.wait_group 0;");
-    }
-    __syncthreads();
+  const auto Visit = [&](int block) {
     const bf16* const keys = stages + block % 2 * 2 * S::stage;
     const bf16* const values = keys + S::stage;
 
@@ -185,10 +210,10 @@ __global__ void __launch_bounds__(kThreads) Attend(const Problem p) {
       for (int n = 0; n < S::keys; n += 16) {
         uint32_t b[4];
         LoadMatrices(b, keys + (n + lane % 8 + lane / 16 * 8) * S::stride + d + lane / 8 % 2 * 8);
-        Multiply(score[n / 8], high, b[0], b[1]);
-        Multiply(score[n / 8 + 1], high, b[2], b[3]);
-        Multiply(score[n / 8], low, b[0], b[1]);
-        Multiply(score[n / 8 + 1], low, b[2], b[3]);
+        Multiply<bf16>(score[n / 8], high, b[0], b[1]);
+        Multiply<bf16>(score[n / 8 + 1], high, b[2], b[3]);
+        Multiply<bf16>(score[n / 8], low, b[0], b[1]);
+        Multiply<bf16>(score[n / 8 + 1], low, b[2], b[3]);
       }
     }
 
@@ -196,7 +221,7 @@ __global__ void __launch_bounds__(kThreads) Attend(const Problem p) {
     if (p.softcap > 0) {
 #pragma unroll
       for (auto& four : score) {
-        for (float& x : four) x = Cap(x, p.softcap) * kLog2E;
+        for (float& x : four) x = __fmul_rn(Cap(x, p.softcap), kLog2E);
       }
     }
     const bool all_seen =
@@ -222,15 +247,16 @@ __global__ void __launch_bounds__(kThreads) Attend(const Problem p) {
       const float from = most == -INFINITY ? 0 : most;  // nothing seen yet: every weight is 0
       const float rescale = exp2f(highest[i] - from);
       highest[i] = most;
-      total[i] *= rescale;
+      float weights = 0;
 #pragma unroll
       for (auto& four : sum) four[2 * i] *= rescale, four[2 * i + 1] *= rescale;
 #pragma unroll
       for (auto& four : score) {
         four[2 * i] = exp2f(four[2 * i] - from);
         four[2 * i + 1] = exp2f(four[2 * i + 1] - from);
-        total[i] += four[2 * i] + four[2 * i + 1];
+        weights += four[2 * i] + four[2 * i + 1];
       }
+      total[i] = fmaf(total[i], rescale, weights);
     }
 
 #pragma unroll
@@ -246,29 +272,105 @@ __global__ void __launch_bounds__(kThreads) Attend(const Problem p) {
       for (int d = 0; d < kDim; d += 16) {
         uint32_t b[4];
         LoadTransposed(b, values + (k + lane % 16) * S::stride + d + lane / 16 * 8);
-        Multiply(sum[d / 8], high, b[0], b[1]);
-        Multiply(sum[d / 8 + 1], high, b[2], b[3]);
-        Multiply(sum[d / 8], low, b[0], b[1]);
-        Multiply(sum[d / 8 + 1], low, b[2], b[3]);
+        Multiply<bf16>(sum[d / 8], high, b[0], b[1]);
+        Multiply<bf16>(sum[d / 8 + 1], high, b[2], b[3]);
+        Multiply<bf16>(sum[d / 8], low, b[0], b[1]);
+        Multiply<bf16>(sum[d / 8 + 1], low, b[2], b[3]);
+      }
+    }
+  };
+
+  // The lanes of a row have its total in parts.
+  const auto SumTotals = [&] {
+#pragma unroll
+    for (float& part : total) {
+      part += __shfl_xor_sync(0xffffffffu, part, 1);
+      part += __shfl_xor_sync(0xffffffffu, part, 2);
+    }
+  };
+  const auto RowOf = [&](int r) { return tile.flight + (tile.first + r) / p.group; };
+  const auto HeadOf = [&](int r) { return kv_head * p.group + (tile.first + r) % p.group; };
+
+  // The split's sums and softmax for JoinSplits.
+  const auto Leave = [&](int split) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int r = warp * 16 + lane / 4 + i * 8, first = FirstSplit(p, position[i]);
+      if (r >= tile.rows || split < first || split > position[i] / kFixedSplit) continue;
+      const int64_t at = (int64_t{RowOf(r)} * p.heads + HeadOf(r)) * splits.most + split - first;
+      float* const to = splits.memory + at * (p.dim + 2);
+#pragma unroll
+      for (int n = 0; n < kDim / 8; ++n) {
+        const int d = n * 8 + column;
+        if (d >= p.dim) continue;
+        *reinterpret_cast<float2*>(to + d) = make_float2(sum[n][2 * i], sum[n][2 * i + 1]);
+      }
+      if (lane % 4 == 0) {
+        *reinterpret_cast<float2*>(to + p.dim) = make_float2(highest[i], total[i]);
+      }
+    }
+  };
+
+  // The splits before, joined by this one; what they know stays for the next or, if this is the
+  // last, where a softmax without splits would be.
+  float top_before[2] = {-INFINITY, -INFINITY}, total_before[2] = {0, 0};
+  bool any_before = false;
+  const auto JoinNext = [&](bool last) {
+    const int64_t tile_and_head = int64_t{blockIdx.x} * gridDim.y + blockIdx.y;
+    float4* const before =
+        reinterpret_cast<float4*>(splits.memory) + tile_and_head * (kDim / 8) * kThreads;
+    Factors by[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      by[i] = Join(&top_before[i], &total_before[i], highest[i], total[i]);
+      highest[i] = last ? top_before[i] : -INFINITY;
+      total[i] = last ? total_before[i] : 0;
+    }
+#pragma unroll
+    for (int n = 0; n < kDim / 8; ++n) {
+      float4* const memory = before + n * kThreads + threadIdx.x;
+      const float4 old = any_before ? *memory : make_float4(0, 0, 0, 0);
+      const float4 all = {JoinSums(old.x, sum[n][0], by[0]), JoinSums(old.y, sum[n][1], by[0]),
+                          JoinSums(old.z, sum[n][2], by[1]), JoinSums(old.w, sum[n][3], by[1])};
+      if (!last) *memory = all;
+      sum[n][0] = last ? all.x : 0;
+      sum[n][1] = last ? all.y : 0;
+      sum[n][2] = last ? all.z : 0;
+      sum[n][3] = last ? all.w : 0;
+    }
+    any_before = true;
+  };
+
+  LoadKeys(block);
+  for (; block < end_block; ++block) {
+    if (block + 1 < end_block) {
+      LoadKeys(block + 1);
+      Await<1>();
+    } else {
+      Await<0>();
+    }
+    __syncthreads();
+    if (busy) Visit(block);
+    const bool last = block + 1 == end_block;
+    if (kFixed && busy && (last || (block + 1) % S::split == 0)) {
+      SumTotals();
+      if (splits.most > 0) {
+        Leave(block / S::split);
+      } else {
+        JoinNext(last);
       }
     }
     __syncthreads();  // the next load overwrites what this block read
   }
 
+  if (!kFixed) SumTotals();
+  if (kFixed && splits.most > 0) return;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    total[i] += __shfl_xor_sync(0xffffffffu, total[i], 1);
-    total[i] += __shfl_xor_sync(0xffffffffu, total[i], 2);
     const int r = warp * 16 + lane / 4 + i * 8;
     if (r >= tile.rows) continue;
-    const int row = tile.flight + (tile.first + r) / p.group;
-    const int head = kv_head * p.group + (tile.first + r) % p.group;
-    float weight = 1;
-    if (p.sinks != nullptr) {
-      const float sink = p.sinks[head] * kLog2E, top = fmaxf(highest[i], sink);
-      weight = exp2f(highest[i] - top);
-      total[i] = total[i] * weight + exp2f(sink - top);
-    }
+    const int row = RowOf(r), head = HeadOf(r);
+    const float weight = JoinSink(p, head, highest[i], &total[i]);
     const int64_t to = row * p.out_row + head * p.out_head;
 #pragma unroll
     for (int n = 0; n < kDim / 8; ++n) {
@@ -280,15 +382,68 @@ __global__ void __launch_bounds__(kThreads) Attend(const Problem p) {
   }
 }
 
-template <int kDim>
-void Launch(BackendContext& context, const Problem& p, int tiles) {
+// grid: rows, heads.
+__global__ void JoinSplits(const Problem p, const Splits splits) {
+  const int row = blockIdx.x, head = blockIdx.y, position = Row(p, row).position;
+  const int count = position / kFixedSplit - FirstSplit(p, position) + 1;
+  const int stride = p.dim + 2;
+  const float* from = splits.memory + (int64_t{row} * p.heads + head) * splits.most * stride;
+  for (int d = threadIdx.x; d < p.dim; d += blockDim.x) {
+    float top = -INFINITY, total = 0, sum = 0;
+    for (int s = 0; s < count; ++s) {
+      const float* next = from + s * stride;
+      sum = JoinSums(sum, next[d], Join(&top, &total, next[p.dim], next[p.dim + 1]));
+    }
+    const float weight = JoinSink(p, head, top, &total);
+    StoreOut<1>(p, row * p.out_row + head * p.out_head + d, {sum * weight / total});
+  }
+}
+
+template <int kDim, bool kFixed>
+void Launch(BackendContext& context, const Problem& p, const Splits& splits, int tiles) {
   constexpr size_t bytes = Shape<kDim>::bytes;
-  if (!Ok(context,
-          cudaFuncSetAttribute(Attend<kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+  const auto kernel = Attend<kDim, kFixed>;
+  if (!Ok(context, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
           "Attention")) {
     return;
   }
-  Attend<kDim><<<dim3(tiles, p.cache.kv_heads), kThreads, bytes, context.stream>>>(p);
+  kernel<<<dim3(tiles, p.cache.kv_heads, std::max(1, splits.most)), kThreads, bytes,
+           context.stream>>>(p, splits);
+}
+
+// Of a tile, whatever its sequence's length: what a cache layer can hold bounds it.
+int MostFixedSplits(const Problem& p) {
+  const int64_t cached = int64_t{p.cache.slots} * p.cache.page_tokens;
+  const int64_t seen = p.window > 0 ? p.window + kRows + kFixedSplit : cached + p.batch.rows;
+  return static_cast<int>((seen + kFixedSplit - 1) / kFixedSplit);
+}
+
+template <int kDim>
+void LaunchFixed(BackendContext& context, const Problem& p, int tiles) {
+  constexpr size_t room = BackendContext::kWorkspaceBytes;
+  Splits splits = {0, MostFixedSplits(p), static_cast<float*>(context.Workspace(room))};
+  const size_t all = sizeof(float) * p.batch.rows * p.heads * splits.most * (p.dim + 2);
+  if (splits.most > 1 && splits.most <= kMostGridZ && all <= room) {
+    Launch<kDim, true>(context, p, splits, tiles);
+    JoinSplits<<<dim3(p.batch.rows, p.heads), Blocks(p.dim, kWarp) * kWarp, 0, context.stream>>>(
+        p, splits);
+    return;
+  }
+  splits.most = 0;
+  const auto most = static_cast<int>(room / (sizeof(float) * kRows * kDim * p.cache.kv_heads));
+  CHECK_GT(most, 0);
+  for (; splits.first_tile < tiles; splits.first_tile += most) {
+    Launch<kDim, true>(context, p, splits, std::min(most, tiles - splits.first_tile));
+  }
+}
+
+template <int kDim>
+void LaunchFor(BackendContext& context, const Problem& p, int tiles) {
+  if (context.deterministic) {
+    LaunchFixed<kDim>(context, p, tiles);
+  } else {
+    Launch<kDim, false>(context, p, {}, tiles);
+  }
 }
 
 }  // namespace
@@ -302,16 +457,16 @@ void AttendTiles(BackendContext& context, const Problem& p) {
   int tiles = 0;
   for (int s = 0; s < p.batch.sequences; ++s) {
     const int rows = begin[s + 1] - begin[s];
-    if (rows >= kTileRows) tiles += (rows * p.group + kRows - 1) / kRows;
+    if (rows >= p.tile_rows) tiles += (rows * p.group + kRows - 1) / kRows;
   }
   if (p.dim <= 64) {
-    Launch<64>(context, p, tiles);
+    LaunchFor<64>(context, p, tiles);
   } else if (p.dim <= 96) {
-    Launch<96>(context, p, tiles);
+    LaunchFor<96>(context, p, tiles);
   } else if (p.dim <= 128) {
-    Launch<128>(context, p, tiles);
+    LaunchFor<128>(context, p, tiles);
   } else {
-    Launch<256>(context, p, tiles);
+    LaunchFor<256>(context, p, tiles);
   }
 }
 

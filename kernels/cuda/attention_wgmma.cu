@@ -51,7 +51,7 @@ struct Tile {
 __device__ Tile Find(const Problem& p, int index) {
   for (int s = 0;; ++s) {
     const int begin = p.batch.row_begin[s], rows = p.batch.row_begin[s + 1] - begin;
-    if (rows < kTileRows) continue;
+    if (rows < p.tile_rows) continue;
     const int tiles = (rows * p.group + kRows - 1) / kRows;
     if (index < tiles) {
       const int first = index * kRows;
@@ -417,8 +417,8 @@ void Launch(BackendContext& context, const Problem& p, int tiles) {
 
 bool AttendsInWgmma(const BackendContext& context, const Problem& p) {
 #if defined(LONGSPAN_SM90A)
-  return context.compute_capability == 90 && AttendsInTiles(p) && p.half_out &&
-         reinterpret_cast<uintptr_t>(p.query) % 16 == 0 && p.query_row % 4 == 0 &&
+  return context.compute_capability == 90 && !context.deterministic && AttendsInTiles(p) &&
+         p.half_out && reinterpret_cast<uintptr_t>(p.query) % 16 == 0 && p.query_row % 4 == 0 &&
          p.query_head % 4 == 0;
 #else
   (void)context, (void)p;
@@ -433,7 +433,7 @@ void AttendWgmma(BackendContext& context, const Problem& p) {
   int tiles = 0;
   for (int s = 0; s < p.batch.sequences; ++s) {
     const int rows = begin[s + 1] - begin[s];
-    if (rows >= kTileRows) tiles += (rows * p.group + kRows - 1) / kRows;
+    if (rows >= p.tile_rows) tiles += (rows * p.group + kRows - 1) / kRows;
   }
   if (p.dim <= 64) {
     Launch<64>(context, p, tiles);
