@@ -5,8 +5,8 @@
 //
 // Laws that hold on every backend's ops:
 //  - a row's result depends on that row's inputs only, never on how many rows the call has or in
-//  which
-//    chunk of its sequence the row arrived (CPU: bitwise);
+//    which chunk of its sequence the row arrived (bitwise on a CPU, and on a GPU with
+//    CudaOptions::deterministic);
 //  - sums are accumulated in fp32 or wider; activations are F32 unless an op says otherwise. An out
 //    that may be BF16 may be so where Backend::ProductInput asks for it, and is then the F32 result
 //    rounded to nearest even, but for what Attention says;

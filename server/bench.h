@@ -31,7 +31,7 @@ struct BenchOptions {
   int requests = 64, concurrency = 8;
   std::string attention_metrics = "head";  // and every: EngineOptions::spans and span_every
   int attention_sample_every = EngineOptions().span_every;
-  bool json = false, ops = true;
+  bool json = false, ops = true, deterministic = false;
 };
 
 int BenchModel(const BenchOptions& options);

@@ -115,7 +115,7 @@ absl::StatusOr<LoadedModel> OfflineBench::Load() const {
 absl::StatusOr<std::unique_ptr<OfflineBench>> OfflineBench::Open(
     const BenchOptions& options, const std::vector<Workload>& works) {
   std::unique_ptr<OfflineBench> bench(new OfflineBench(options));
-  auto device = OpenDevice(options.device, options.threads);
+  auto device = OpenDevice(options.device, options.threads, options.deterministic);
   if (!device.ok()) return device.status();
   bench->backend_ = *std::move(device);
   auto loaded = bench->Load();

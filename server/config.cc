@@ -24,6 +24,10 @@ std::optional<int> ReadConfig(int argc, char** argv, ServerConfig* config) {
   flags.String("device", &c.device, "cpu|cuda:N", "where it runs");
   flags.Int("threads", &c.threads, "CPU threads; 0 is one per usable core", 0, 1024);
   flags.Choice("kv-dtype", &c.kv_dtype, {"bf16", "f32"}, "type of cached keys and values");
+  flags.Bool(
+      "deterministic", &c.deterministic,
+      "a request's tokens are the same to the bit whatever else runs; slower on a GPU, a CPU "
+      "always is so");
   flags.Section("Addresses");
   flags.String("grpc", &c.grpc, "HOST:PORT", "gRPC; port 0 picks a free one");
   flags.String("http", &c.http, "HOST:PORT", "/metrics, /health, /version; empty turns it off");

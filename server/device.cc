@@ -6,7 +6,8 @@
 
 namespace longspan {
 
-absl::StatusOr<std::unique_ptr<Backend>> OpenDevice(const std::string& device, int threads) {
+absl::StatusOr<std::unique_ptr<Backend>> OpenDevice(const std::string& device, int threads,
+                                                    bool deterministic) {
   if (device == "cpu") return Backend::Cpu({.threads = threads});
   absl::string_view number = device;
   int index = 0;
@@ -15,7 +16,7 @@ absl::StatusOr<std::unique_ptr<Backend>> OpenDevice(const std::string& device, i
         absl::StrCat("--device is '", device, "', must be cpu or cuda:N"));
   }
   std::string why;
-  auto backend = Backend::Cuda({.device = index}, &why);
+  auto backend = Backend::Cuda({.device = index, .deterministic = deterministic}, &why);
   if (backend == nullptr) return absl::UnavailableError(absl::StrCat(device, ": ", why));
   return backend;
 }

@@ -8,8 +8,10 @@
 
 namespace longspan {
 
-// device: "cpu" or "cuda:N"; threads: of a CPU, 0 is one per usable core. InvalidArgument for any
-// other name, Unavailable with the reason for a GPU that cannot be used.
-absl::StatusOr<std::unique_ptr<Backend>> OpenDevice(const std::string& device, int threads);
+// device: "cpu" or "cuda:N"; threads: of a CPU, 0 is one per usable core; deterministic: as in
+// CudaOptions, which a CPU is anyway. InvalidArgument for any other name, Unavailable with the
+// reason for a GPU that cannot be used.
+absl::StatusOr<std::unique_ptr<Backend>> OpenDevice(const std::string& device, int threads,
+                                                    bool deterministic = false);
 
 }  // namespace longspan

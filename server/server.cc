@@ -86,7 +86,7 @@ absl::Status Server::Impl::Load(const std::function<void()>& request_shutdown) {
     if (!path.ok()) return path.status();
     config.model = *path;
   }
-  auto opened = OpenDevice(config.device, config.threads);
+  auto opened = OpenDevice(config.device, config.threads, config.deterministic);
   if (!opened.ok()) return opened.status();
   backend = *std::move(opened);
 
