@@ -1,5 +1,5 @@
 // Attention on the GPU against the eager answer, and the laws that chunking and batching obey there
-// too.
+// too: among kernels of one choice, and on a deterministic backend always.
 #include "tests/support/attention_expect.h"
 
 namespace longspan {
@@ -218,6 +218,134 @@ TEST_F(CudaAttention, ObservingChangesNoBit) {
   const auto plain = c.out();
   c.RunAll(*backend_, 30, /*observe=*/true);
   EXPECT_EQ(c.out(), plain);
+}
+
+class DeterministicAttention : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    std::string why;
+    backend_ = Backend::Cuda({.deterministic = true}, &why);
+    ASSERT_NE(backend_, nullptr) << why;
+  }
+
+  // The case's answer in these chunks, which is eager's, is the same to the bit in all of them.
+  void ExpectChunkingChangesNoBit(AttentionCase& c, const std::vector<int>& chunks, int every) {
+    std::vector<std::vector<float>> first;
+    for (const int chunk : chunks) {
+      c.RunAll(*backend_, chunk);
+      testing::ExpectEqualsEager(c, kTolerance, every);
+      if (first.empty()) first = c.out();
+      ASSERT_EQ(c.out(), first) << "heads of " << c.shape().dim << ", window " << c.shape().window
+                                << ", chunks of " << chunk << " and " << chunks[0];
+    }
+  }
+
+  std::unique_ptr<Backend> backend_;
+};
+
+TEST_F(DeterministicAttention, ChunkingChangesNoBitAtAnyHeadSize) {
+  for (const int dim : {8, 64, 80, 96, 128, 256}) {
+    AttentionCase c({.dim = dim}, {700, 150});
+    ExpectChunkingChangesNoBit(c, {1, 7, 15, 16, 64, 1000}, 13);
+  }
+}
+
+// 256 keys are a split.
+TEST_F(DeterministicAttention, ChunkingChangesNoBitAtTheEdgesOfWindowsAndSplits) {
+  for (const int window : {1, 2, 40, 255, 256, 257, 300}) {
+    AttentionCase c({.heads = 2, .kv_heads = 1, .window = window},
+                    {255, 256, 257, 600, std::max(1, window - 1), window + 16});
+    ExpectChunkingChangesNoBit(c, {1, 15, 64, 1000}, 17);
+  }
+}
+
+TEST_F(DeterministicAttention, ChunkingChangesNoBitWithSoftcapAndSinks) {
+  for (const int window : {0, 24, 270}) {
+    for (const float softcap : {0.0f, 2.0f}) {
+      AttentionCase c({.dim = 64, .window = window, .softcap = softcap, .sinks = true}, {590, 33});
+      ExpectChunkingChangesNoBit(c, {1, 7, 16, 1000}, 19);
+    }
+  }
+}
+
+TEST_F(DeterministicAttention, ChunkingChangesNoBitInAnyGroup) {
+  for (const int kv_heads : {1, 2, 6}) {
+    AttentionCase c({.heads = 6, .kv_heads = kv_heads, .dim = 64}, {301, 16});
+    ExpectChunkingChangesNoBit(c, {1, 13, 40, 1000}, 7);
+  }
+  AttentionCase more_heads_than_a_tile_has_rows({.heads = 72, .kv_heads = 1}, {300, 1});
+  ExpectChunkingChangesNoBit(more_heads_than_a_tile_has_rows, {1, 40, 1000}, 50);
+}
+
+// Row by row at any number of rows.
+TEST_F(DeterministicAttention, ChunkingChangesNoBitWhereTilesDoNotFit) {
+  AttentionCase odd({.dim = 33}, {300, 40}), wide({.dtype = DType::kF32}, {300, 40});
+  for (AttentionCase* c : {&odd, &wide}) ExpectChunkingChangesNoBit(*c, {1, 16, 64, 1000}, 9);
+}
+
+// The splits of 2,500 rows at once are more than the workspace holds; those of 8 are not.
+TEST_F(DeterministicAttention, SplitsInTurnAreThoseAtOnce) {
+  for (const int window : {0, 1300}) {
+    AttentionCase c({.heads = 16, .kv_heads = 2, .dim = 256, .window = window}, {2500});
+    c.Step(*backend_, {2500}, false);
+    testing::ExpectEqualsEager(c, kTolerance, 311);
+    const auto whole = c.out();
+    c.Rewind();
+    for (const int count : {1, 255, 1700, 536, 7, 1}) c.Step(*backend_, {count}, false);
+    EXPECT_EQ(c.out(), whole);
+  }
+}
+
+TEST_F(DeterministicAttention, NeighboursChangeNoBit) {
+  for (const int window : {0, 300}) {
+    AttentionCase c({.heads = 4, .kv_heads = 2, .dim = 64, .window = window},
+                    {700, 1, 300, 64, 16, 15, 900}, 5);
+    c.RunAll(*backend_, 1000);
+    const auto together = c.out();
+    for (size_t s = 0; s < c.lengths().size(); ++s) {
+      c.Rewind();
+      std::vector<int> counts(c.lengths().size());
+      for (int left = c.lengths()[s]; left > 0; left -= counts[s]) {
+        counts[s] = std::min(left, 130);
+        c.Step(*backend_, counts, false);
+      }
+      EXPECT_EQ(c.out()[s], together[s]) << s;
+    }
+    c.Rewind();  // most decode, one reads
+    c.Step(*backend_, {690, 0, 290, 60, 10, 5, 700}, false);
+    for (int i = 0; i < 4; ++i) c.Step(*backend_, {1, i == 2, 1, 1, 1, 1, 50}, false);
+    c.Step(*backend_, {6, 0, 6, 0, 2, 6, 0}, false);
+    EXPECT_EQ(c.out()[0], together[0]);
+    EXPECT_EQ(c.out()[1], together[1]);
+    EXPECT_EQ(c.out()[2], together[2]);
+  }
+}
+
+TEST_F(DeterministicAttention, ABf16OutIsTheF32OneRounded) {
+  for (const int chunk : {1, 300}) {
+    AttentionShape shape{.dim = 80, .sinks = true};
+    AttentionCase wide(shape, {90, 300});
+    wide.RunAll(*backend_, chunk);
+    auto want = wide.out();
+    for (std::vector<float>& sequence : want) {
+      for (float& x : sequence) x = FromBf16(ToBf16(x));
+    }
+    shape.out = DType::kBF16;
+    AttentionCase narrow(shape, {90, 300});
+    narrow.RunAll(*backend_, chunk);
+    EXPECT_EQ(narrow.out(), want) << chunk;
+  }
+}
+
+TEST_F(DeterministicAttention, SpansEqualEager) {
+  const std::vector<ProbeRange> probes = {{3, 9}, {270, 290}};
+  for (const int window : {0, 24}) {
+    AttentionCase c({.heads = 4, .kv_heads = 2, .window = window, .sinks = true}, {400, 40});
+    for (const int chunk : {1, 33}) {
+      c.RunAll(*backend_, chunk, /*observe=*/true, probes);
+      testing::ExpectSpansEqualEager(c, probes, kSpanTolerance, 23);
+    }
+  }
 }
 
 }  // namespace

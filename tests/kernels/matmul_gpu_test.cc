@@ -1,5 +1,5 @@
 // The GPU's products against the CPU's, over all weight types, rows on both sides of every choice
-// of kernel, and sizes that fill no tile.
+// of kernel, and sizes that fill no tile; and the law of a deterministic backend.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -24,9 +24,10 @@ using testing::Weights;
 
 class CudaMatMul : public ::testing::Test {
  protected:
+  explicit CudaMatMul(bool deterministic = false) : deterministic_(deterministic) {}
   void SetUp() override {
     std::string why;
-    gpu_ = Backend::Cuda({}, &why);
+    gpu_ = Backend::Cuda({.deterministic = deterministic_}, &why);
     if (gpu_ == nullptr) GTEST_SKIP() << why;
     cpu_ = Backend::Cpu({.threads = 8});
   }
@@ -80,9 +81,10 @@ class CudaMatMul : public ::testing::Test {
 
   // Of the sum of |weight * x|. Sums of fp32 in another order: 2^-24 for each of `in` additions. x
   // as two bf16 loses 2^-17 of itself, as one 2^-9; block weights as bf16 lose 2^-9 more.
-  static double Tolerance(DType type, int64_t rows, int64_t in) {
+  double Tolerance(DType type, int64_t rows, int64_t in) const {
     const double sums = 0x1p-24 * static_cast<double>(in);
-    if (type == DType::kF32) return sums + 0x1p-12;  // cuBLAS may take TF32's inputs
+    if (deterministic_) rows = IsQuantised(type) ? 1 : INT64_MAX;  // its one form
+    if (type == DType::kF32) return sums + 0x1p-12;                // cuBLAS may take TF32's inputs
     if (IsQuantised(type)) return rows <= 32 ? sums + 0x1p-20 : sums + 0x1p-7;
     return rows <= 8 ? sums + 0x1p-16 : sums + 0x1p-8;
   }
@@ -117,6 +119,7 @@ class CudaMatMul : public ::testing::Test {
     EXPECT_EQ(wrong, 0);
   }
 
+  const bool deterministic_;
   std::unique_ptr<Backend> gpu_, cpu_;
   DType input_ = DType::kF32;
   std::mt19937 random_{1};
@@ -206,6 +209,81 @@ TEST_F(CudaMatMul, ARowIsTheSameBesideAnyFewOthers) {
         const std::vector<float> out = Multiply(*gpu_, some, rows, weights);
         EXPECT_TRUE(std::equal(out.begin(), out.end(), together.begin() + r * columns)) << r;
       }
+    }
+  }
+}
+
+class DeterministicMatMul : public CudaMatMul {
+ protected:
+  DeterministicMatMul() : CudaMatMul(/*deterministic=*/true) {}
+
+  // Rows among 513 are the same to the bit among fewer, wherever they stand.
+  void ExpectRowsAlone(DType type, int64_t in, const std::vector<int64_t>& columns) {
+    constexpr int64_t kRows = 513;
+    const std::vector<float> x = RandomFloats(kRows * in, random_);
+    std::vector<Weights> parts;
+    int64_t all = 0;
+    for (const int64_t n : columns) {
+      parts.push_back(RandomWeights(type, n, in, random_));
+      all += n;
+    }
+    const std::vector<float> together = Multiply(*gpu_, x, kRows, parts);
+    for (const int64_t rows : {1, 2, 7, 8, 9, 16, 17, 33, 65, 100}) {
+      for (const int64_t first : {int64_t{0}, int64_t{211}, kRows - rows}) {
+        const std::vector<float> some(x.begin() + first * in, x.begin() + (first + rows) * in);
+        const std::vector<float> out = Multiply(*gpu_, some, rows, parts);
+        const auto* got = reinterpret_cast<const uint32_t*>(out.data());
+        const auto* want = reinterpret_cast<const uint32_t*>(together.data()) + first * all;
+        ASSERT_TRUE(std::equal(got, got + out.size(), want))
+            << Info(type).name << ", " << rows << " rows of " << in << " from " << first << ", "
+            << all << " columns";
+      }
+    }
+  }
+};
+
+TEST_F(DeterministicMatMul, ARowIsTheSameAloneAndAmongAnyOthersOverWeightTypes) {
+  for (const DType type : kWeightTypes) {
+    ExpectRowsAlone(type, 512, {96, 32, 32});
+    ExpectRowsAlone(type, 1280, {33});
+  }
+}
+
+TEST_F(DeterministicMatMul, ARowIsTheSameAloneAndAmongAnyOthersAtOddShapes) {
+  for (const DType type : {DType::kBF16, DType::kF16, DType::kF32}) {
+    ExpectRowsAlone(type, 96, {17, 5});
+    ExpectRowsAlone(type, 100, {33});  // in no whole vectors
+    ExpectRowsAlone(type, 33, {1});
+  }
+  ExpectRowsAlone(DType::kBF16, 384, {8517});         // large tiles from 65 rows on
+  ExpectRowsAlone(DType::kBF16, 968, {2200, 9});      // a last part of less than a stage
+  ExpectRowsAlone(DType::kBF16, 10240, {640});        // Gemma 3 4B's longest sums
+  ExpectRowsAlone(DType::kQ4_K, 2560, {2048, 1024});  // and its widest blocks
+}
+
+TEST_F(DeterministicMatMul, EqualsTheCpus) {
+  for (const DType type : kWeightTypes) {
+    for (const int64_t rows : {1, 9, 33, 100}) ExpectSame(type, rows, 512, {96, 32, 32});
+  }
+  for (const int64_t rows : {1, 24, 100}) {
+    ExpectSame(DType::kBF16, rows, 384, {8517});
+    ExpectSame(DType::kBF16, rows, 2560, {2048, 1024, 1024});
+    ExpectSame(DType::kF16, rows, 100, {33});
+    ExpectSame(DType::kBF16, rows, 33, {17, 5});
+  }
+}
+
+TEST_F(DeterministicMatMul, TakesOneInputAtAnyNumberOfRows) {
+  constexpr int64_t kIn = 512;
+  for (const DType type : kWeightTypes) {
+    const std::vector<Weights> parts = {RandomWeights(type, 96, kIn, random_),
+                                        RandomWeights(type, 40, kIn, random_)};
+    for (const int64_t rows : {1, 8, 40, 300}) {
+      const std::vector<float> x = RandomFloats(rows * kIn, random_);
+      const std::vector<float> out = Multiply(*gpu_, x, rows, parts);
+      EXPECT_EQ(input_, type == DType::kBF16 ? DType::kBF16 : DType::kF32);
+      if (input_ == DType::kF32) continue;
+      EXPECT_EQ(Multiply(*gpu_, x, rows, parts, /*narrow=*/true), out) << rows;
     }
   }
 }
