@@ -83,4 +83,10 @@ void SentencePiece::Encode(std::string_view text, std::vector<int32_t>* ids) con
   ids->insert(ids->end(), out.begin(), out.end());
 }
 
+int32_t SentencePiece::Find(std::string_view piece) const {
+  // The library gives the unknown piece's id for what it does not know.
+  const int id = impl_->processor.PieceToId(piece);
+  return impl_->processor.IdToPiece(id) == piece ? id : -1;
+}
+
 }  // namespace longspan

@@ -42,7 +42,7 @@ struct Vocabulary {
   int eos = -1;
 };
 
-// Immutable after Create; Encode is safe from any thread.
+// Immutable after Create; safe from any thread.
 class SentencePiece {
  public:
   // The fields of a serialized ModelProto, as the file has them. False when it is not one.
@@ -55,6 +55,8 @@ class SentencePiece {
 
   // Appends the ids of `text`. User-defined pieces are matched first, control pieces never.
   void Encode(std::string_view text, std::vector<int32_t>* ids) const;
+  // The id of a piece of any type by its exact text; -1 when there is none.
+  int32_t Find(std::string_view piece) const;
 
  private:
   struct Impl;

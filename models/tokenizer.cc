@@ -75,7 +75,6 @@ struct Tokenizer::Impl {
   TokenizerSpec spec;
   std::unique_ptr<SentencePiece> pieces;
   MarkerMatcher markers;
-  absl::flat_hash_map<std::string, int32_t> ids;
   std::vector<std::string> surfaces;  // Piece() by id
 };
 
@@ -93,13 +92,12 @@ absl::StatusOr<std::unique_ptr<Tokenizer>> Tokenizer::FromSpec(TokenizerSpec spe
   }
   impl.spec = std::move(spec);
   const auto& pieces = impl.spec.vocabulary.pieces;
-  impl.ids.reserve(pieces.size());
   impl.surfaces.reserve(pieces.size());
   for (size_t i = 0; i < pieces.size(); ++i) {
-    const int32_t id = static_cast<int32_t>(i);
     const VocabularyPiece& piece = pieces[i];
-    impl.ids.emplace(piece.text, id);
-    if (impl.spec.marker[i] || piece.type == PieceType::kUnknown) impl.markers.Add(piece.text, id);
+    if (impl.spec.marker[i] || piece.type == PieceType::kUnknown) {
+      impl.markers.Add(piece.text, static_cast<int32_t>(i));
+    }
     std::string surface;
     if (piece.type == PieceType::kUnknown) {
       surface = impl.spec.vocabulary.unknown_surface;
@@ -191,10 +189,7 @@ std::vector<int> Tokenizer::eos() const { return impl_->spec.eos; }
 bool Tokenizer::add_bos_token() const { return impl_->spec.add_bos && bos() >= 0; }
 const std::string& Tokenizer::chat_template() const { return impl_->spec.chat_template; }
 
-int Tokenizer::FindToken(absl::string_view piece) const {
-  const auto it = impl_->ids.find(piece);
-  return it == impl_->ids.end() ? -1 : it->second;
-}
+int Tokenizer::FindToken(absl::string_view piece) const { return impl_->pieces->Find(Std(piece)); }
 
 std::optional<std::pair<size_t, int32_t>> Tokenizer::FindSpecialText(absl::string_view text) const {
   const MarkerMatcher::Match match = impl_->markers.Find(text, 0);
