@@ -45,6 +45,10 @@ class Checkpoint {
   const TensorInfo* Find(absl::string_view name) const;  // nullptr when absent
   const absl::flat_hash_map<std::string, TensorInfo>& tensors() const { return tensors_; }
 
+  // Gives back the memory of a mapped tensor that will hardly be read again; reading it still
+  // works.
+  virtual void Forget(const TensorInfo&) const {}
+
   // Text of config.json / generation_config.json / tokenizer_config.json …; empty when absent or
   // GGUF. Size-bounded (16 MiB); only plain basenames inside the directory.
   virtual absl::StatusOr<std::string> ReadSideFile(absl::string_view basename) const = 0;

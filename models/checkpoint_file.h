@@ -26,6 +26,9 @@ class MappedFile {
   absl::Span<const std::byte> bytes() const {
     return {static_cast<const std::byte*>(data_), size_};
   }
+  // Gives back the memory of the whole pages of `part`; read again, they come from the file again.
+  // What is not of this mapping is left alone.
+  void Forget(absl::Span<const std::byte> part) const;
 
  private:
   MappedFile() = default;

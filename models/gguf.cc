@@ -460,6 +460,7 @@ class GgufCheckpoint : public Checkpoint {
   absl::StatusOr<std::string> ReadSideFile(absl::string_view) const override {
     return std::string();
   }
+  void Forget(const TensorInfo& tensor) const override { file_.Forget(tensor.data); }
 
  private:
   MappedFile file_;

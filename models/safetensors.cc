@@ -165,6 +165,9 @@ class SafetensorsCheckpoint : public Checkpoint {
     if (!file.ok()) return file.status();
     return ReadSmallFile(*file, kMaxSideFile);
   }
+  void Forget(const TensorInfo& tensor) const override {
+    for (const MappedFile& file : files_) file.Forget(tensor.data);
+  }
 
  private:
   // Adds the tensors of one file: those that `index` places in it, or all when it is null.
