@@ -23,7 +23,10 @@
 namespace longspan::cpu {
 namespace {
 
-constexpr int kSegmentKeys = 512;  // of one partial result: long enough that merging does not show
+// Of one partial result: long enough that merging does not show, and half of a window of 512, so
+// that two threads share a decoding step's keys evenly wherever it stands. Gemma 3 270M, 1 sequence
+// at 2,048: 127 us an op at 512, 92 at 256; prefill of 2,048 the same.
+constexpr int kSegmentKeys = 256;
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 // The query heads of one KV head for tokens [first_row, first_row + tokens) of a sequence.
