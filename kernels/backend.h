@@ -153,6 +153,19 @@ class Backend {
                        size_t bytes) = 0;  // device to host, complete on return
   virtual void CopyWithin(void* to, const void* from, size_t bytes) = 0;
 
+  // Bytes of this backend's memory that a weight matrix takes in the form that its ops read; 0:
+  // they read it where it lies.
+  virtual int64_t WeightBytes(const View& matrix) const {
+    return host_memory_ ? 0 : matrix.bytes();
+  }
+  // Copies the matrix to `to`, in that form, which the returned view says.
+  virtual View PlaceWeights(const View& matrix, std::byte* to) {
+    CopyIn(to, matrix.data, matrix.bytes());
+    View placed = matrix;
+    placed.data = to;
+    return placed;
+  }
+
   // Measures it, with ops idle; takes about a second.
   virtual Roofline MeasureRoofline() = 0;
 

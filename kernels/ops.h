@@ -53,8 +53,8 @@ struct AddRmsNormArgs {
 
 // out = x · weightᵀ, the parts' columns side by side: out[:, 0:n0] from parts[0] and so on (q|k|v
 // and gate|up are products of one input). x: [rows, in] F32, or BF16 where Backend::ProductInput
-// says so; parts: [n_i, in] any weight dtype; out: [rows, n0 + n1 + n2] F32, or BF16 where x is.
-// Quantised weights are multiplied from their blocks.
+// says so; parts: [n_i, in] any weight dtype, as Backend::PlaceWeights gave them; out: [rows, n0 +
+// n1 + n2] F32, or BF16 where x is. Quantised weights are multiplied as integers of their own bits.
 struct MatMulArgs {
   View x;
   View parts[3];

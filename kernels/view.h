@@ -8,13 +8,15 @@
 namespace longspan {
 
 // Up to three dimensions, the last one contiguous. A view of quantised type has rank 2 and whole,
-// unstrided rows.
+// unstrided rows; `packed` ones are in the form that Backend::PlaceWeights gave them, and have no
+// rows.
 struct View {
   void* data = nullptr;
   DType dtype = DType::kF32;
   int rank = 0;
   int64_t shape[3] = {0, 0, 0};
   int64_t stride[3] = {0, 0, 0};  // in elements
+  bool packed = false;
 
   bool empty() const { return data == nullptr || elements() == 0; }
   int64_t elements() const {
@@ -33,13 +35,13 @@ struct View {
   }
 
   static View Vector(void* data, DType dtype, int64_t n) {
-    return {data, dtype, 1, {n, 0, 0}, {1, 0, 0}};
+    return {data, dtype, 1, {n, 0, 0}, {1, 0, 0}, false};
   }
   static View Matrix(void* data, DType dtype, int64_t rows, int64_t columns) {
-    return {data, dtype, 2, {rows, columns, 0}, {columns, 1, 0}};
+    return {data, dtype, 2, {rows, columns, 0}, {columns, 1, 0}, false};
   }
   static View Cube(void* data, DType dtype, int64_t a, int64_t b, int64_t c) {
-    return {data, dtype, 3, {a, b, c}, {b * c, c, 1}};
+    return {data, dtype, 3, {a, b, c}, {b * c, c, 1}, false};
   }
   // Columns [begin, begin + count) of a matrix of plain type; keeps the row stride.
   View Columns(int64_t begin, int64_t count) const {

@@ -64,8 +64,9 @@ absl::StatusOr<LoadedModel> LoadRandomModel(const std::string& config, DType mat
                                             Backend& backend, const ModelOptions& options) {
   if (absl::Status runs = CheckRuns(config, backend.ops()); !runs.ok()) return runs;
   LoadedModel loaded;
-  auto checkpoint =
-      MakeRandomCheckpoint(config, {.matrices = matrices, .overlapping = !backend.host_memory()});
+  const View any = View::Matrix(nullptr, matrices, 1, Info(matrices).block_elements);
+  auto checkpoint = MakeRandomCheckpoint(
+      config, {.matrices = matrices, .overlapping = backend.WeightBytes(any) > 0});
   if (!checkpoint.ok()) return checkpoint.status();
   loaded.checkpoint = *std::move(checkpoint);
   auto tokenizer = TokenizerOfNoText();

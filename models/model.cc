@@ -92,17 +92,25 @@ namespace {
 
 constexpr int64_t kMatrixAlignment = 256;
 
-int64_t Aligned(size_t bytes) {
-  return (static_cast<int64_t>(bytes) + kMatrixAlignment - 1) / kMatrixAlignment * kMatrixAlignment;
+int64_t Aligned(int64_t bytes) {
+  return (bytes + kMatrixAlignment - 1) / kMatrixAlignment * kMatrixAlignment;
 }
 
-// Of all matrices one after another. Their slots' order keeps those of one product (q, k and v;
-// gate and up) side by side, where a device can take them for one.
-int64_t MatrixBytes(const std::vector<Slot>& slots, const Checkpoint& checkpoint) {
+View MatrixOf(const TensorInfo& tensor) {
+  return View::Matrix(const_cast<std::byte*>(tensor.data.data()), tensor.dtype, tensor.shape[0],
+                      tensor.shape[1]);
+}
+
+// Of all matrices that the backend keeps copies of, one after another. Their slots' order keeps
+// those of one product (q, k and v; gate and up) side by side, where a device can take them for
+// one.
+int64_t MatrixBytes(const std::vector<Slot>& slots, const Checkpoint& checkpoint,
+                    const Backend& backend) {
   int64_t bytes = 0;
   for (const Slot& slot : slots) {
     const TensorInfo* tensor = checkpoint.Find(slot.tensor);
-    if (tensor != nullptr && slot.shape.size() > 1) bytes += Aligned(tensor->data.size());
+    if (tensor == nullptr || tensor->shape != slot.shape || slot.shape.size() == 1) continue;
+    bytes += Aligned(backend.WeightBytes(MatrixOf(*tensor)));
   }
   return bytes;
 }
@@ -155,8 +163,7 @@ absl::Status Model::BindWeights() {
   layers_.resize(spec_.layers.size());
   const std::vector<Slot> slots = SlotsOf(spec_, checkpoint_->format());
   std::byte* matrices = nullptr;
-  if (!backend_.host_memory()) {
-    const int64_t bytes = MatrixBytes(slots, *checkpoint_);
+  if (const int64_t bytes = MatrixBytes(slots, *checkpoint_, backend_); bytes > 0) {
     matrices = owned_.emplace_back(backend_.Allocate(bytes)).data();
     if (matrices == nullptr) return absl::OkStatus();  // Load tells
   }
@@ -188,12 +195,11 @@ absl::Status Model::BindWeights() {
       backend_.CopyIn(buffer.data(), values.data(), view.bytes());
       view.data = buffer.data();
     } else {
-      void* data = const_cast<std::byte*>(tensor->data.data());
-      if (!backend_.host_memory()) {
-        backend_.CopyIn(matrices, data, tensor->data.size());
-        data = std::exchange(matrices, matrices + Aligned(tensor->data.size()));
+      view = MatrixOf(*tensor);
+      if (const int64_t bytes = backend_.WeightBytes(view); bytes > 0) {
+        view = backend_.PlaceWeights(view, std::exchange(matrices, matrices + Aligned(bytes)));
+        checkpoint_->Forget(*tensor);
       }
-      view = View::Matrix(data, tensor->dtype, slot.shape[0], slot.shape[1]);
     }
     weight_bytes_ += view.bytes();
     switch (slot.id) {

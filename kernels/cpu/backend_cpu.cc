@@ -10,6 +10,7 @@
 #include "kernels/backend.h"
 #include "kernels/cpu/context.h"
 #include "kernels/cpu/ops_cpu.h"
+#include "kernels/cpu/panels.h"
 #include "kernels/cpu/roofline.h"
 
 namespace longspan {
@@ -57,6 +58,14 @@ class CpuBackend : public Backend {
   void CopyOut(void* to, const void* from, size_t bytes) override { CopyWithin(to, from, bytes); }
   void CopyWithin(void* to, const void* from, size_t bytes) override {
     if (bytes > 0) std::memmove(to, from, bytes);
+  }
+
+  int64_t WeightBytes(const View& matrix) const override {
+    if (!IsQuantised(matrix.dtype)) return 0;
+    return cpu::PackedBytes(matrix.dtype, matrix.shape[0], matrix.shape[1]);
+  }
+  View PlaceWeights(const View& matrix, std::byte* to) override {
+    return cpu::PackWeights(*context_, matrix, to);
   }
 
   Roofline MeasureRoofline() override {

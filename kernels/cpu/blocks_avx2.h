@@ -11,6 +11,10 @@ LONGSPAN_AVX2 inline __m256i Load256(const void* p) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(p));
 }
 
+LONGSPAN_AVX2 inline void Store256(void* p, __m256i v) {
+  _mm256_storeu_si256(static_cast<__m256i*>(p), v);
+}
+
 // 16 bytes as 32 nibbles: all low ones, then all high ones.
 LONGSPAN_AVX2 inline __m256i Nibbles(const uint8_t* q) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(q));
@@ -89,71 +93,21 @@ LONGSPAN_AVX2 inline void Transpose8(__m256i v[8]) {
   }
 }
 
-// Asks for kBytes of memory at p and after; p may lie beyond what is mapped. Rows of a matrix are
-// read several at a time, each too short for the processor to see a stream: the kernels ask for the
-// next rows while they work on these.
-template <int kBytes, bool kIntoL2 = false>
-LONGSPAN_AVX2 inline void Prefetch(const std::byte* p) {
+// Asks for kBytes of memory at p and after; p may lie beyond what is mapped.
+template <int kBytes>
+LONGSPAN_AVX2 inline void Prefetch(const void* p) {
   LONGSPAN_UNROLL
-  for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(p + i, 0, kIntoL2 ? 2 : 3);
+  for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i);
 }
+
+// How far ahead of the levels that they read the loops over panels ask for memory. Gemma 3's
+// vocabulary (Q8_0, 178 MB), AVX-512, 2 threads, ms for 1 / 8 rows: 6.2 / 13.8 without asking, 6.5
+// / 10.9 at 1 KB, 5.8 / 9.9 at 2 KB, 4.8 / 9.0 at 4 KB.
+constexpr int kAhead = 4096;
 
 template <class Block>
 const Block& BlockAt(const std::byte* output, int64_t index) {
   return reinterpret_cast<const Block*>(output)[index];
-}
-
-// d * the eight bytes, one row of floats per output, transposed to [8 bytes][8 outputs] at `to`.
-LONGSPAN_AVX2 inline void StoreScales(const float d[8], const uint64_t bytes[8], bool is_signed,
-                                      float* to, int64_t stride) {
-  __m256i rows[8];
-  LONGSPAN_UNROLL
-  for (int o = 0; o < 8; ++o) {
-    const __m128i packed = _mm_cvtsi64_si128(static_cast<int64_t>(bytes[o]));
-    const __m256i wide = is_signed ? _mm256_cvtepi8_epi32(packed) : _mm256_cvtepu8_epi32(packed);
-    rows[o] = _mm256_castps_si256(_mm256_mul_ps(_mm256_set1_ps(d[o]), _mm256_cvtepi32_ps(wide)));
-  }
-  Transpose8(rows);
-  LONGSPAN_UNROLL
-  for (int g = 0; g < 8; ++g) {
-    _mm256_storeu_ps(to + g * stride, _mm256_castsi256_ps(rows[g]));
-  }
-}
-
-// Scales and mins of block `index` of 8 outputs: group g's at scales + g * stride, mins + g *
-// stride.
-template <class Format>
-LONGSPAN_AVX2 inline void LoadScales(const std::byte* const outputs[8], int64_t index,
-                                     float* scales, float* mins, int64_t stride) {
-  using Block = typename Format::Block;
-  if constexpr (Info(Format::kType).block_elements == 32) {
-    const auto d = [&](int o) { return static_cast<int16_t>(BlockAt<Block>(outputs[o], index).d); };
-    const __m128i halves = _mm_setr_epi16(d(0), d(1), d(2), d(3), d(4), d(5), d(6), d(7));
-    _mm256_storeu_ps(scales, _mm256_cvtph_ps(halves));
-  } else if constexpr (Format::kMin) {
-    float d[8], dmin[8];
-    uint64_t scale_bytes[8], min_bytes[8];
-    for (int o = 0; o < 8; ++o) {
-      const Block& block = BlockAt<Block>(outputs[o], index);
-      d[o] = _cvtsh_ss(block.d);
-      dmin[o] = _cvtsh_ss(block.dmin);
-      SixBitPairs(block.scales, reinterpret_cast<uint8_t*>(scale_bytes + o),
-                  reinterpret_cast<uint8_t*>(min_bytes + o));
-    }
-    StoreScales(d, scale_bytes, /*is_signed=*/false, scales, stride);
-    StoreScales(dmin, min_bytes, /*is_signed=*/false, mins, stride);
-  } else {
-    float d[8];
-    uint64_t bytes[2][8];
-    for (int o = 0; o < 8; ++o) {
-      const Block& block = BlockAt<Block>(outputs[o], index);
-      d[o] = _cvtsh_ss(block.d);
-      std::memcpy(&bytes[0][o], block.scales, 8);
-      std::memcpy(&bytes[1][o], block.scales + 8, 8);
-    }
-    StoreScales(d, bytes[0], /*is_signed=*/true, scales, stride);
-    StoreScales(d, bytes[1], /*is_signed=*/true, scales + 8 * stride, stride);
-  }
 }
 
 }  // namespace longspan::cpu

@@ -3,6 +3,7 @@
 #include "kernels/cpu/blocks.h"
 #include "kernels/cpu/context.h"
 #include "kernels/cpu/ops_cpu.h"
+#include "kernels/cpu/panels.h"
 
 namespace longspan::cpu {
 namespace {
@@ -23,7 +24,11 @@ void Embed(BackendContext& context, const EmbedArgs& args) {
       CHECK(token >= 0 && token < args.table.shape[0])
           << "token " << token << " of a vocabulary of " << args.table.shape[0];
       float* out = reinterpret_cast<float*>(args.out.row(i));
-      DequantiseRow(args.table.dtype, args.table.row(token), dim, out);
+      if (args.table.packed) {
+        DequantisePackedRow(args.table, token, out);
+      } else {
+        DequantiseRow(args.table.dtype, args.table.row(token), dim, out);
+      }
       for (int64_t d = 0; d < dim; ++d) out[d] *= args.scale;
     }
   });

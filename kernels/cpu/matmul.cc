@@ -1,5 +1,5 @@
-// MatMul: shares the outputs of all parts among the threads, and decides per piece whether to
-// multiply straight from the stored weights (few rows) or from weights unpacked once for many rows.
+// MatMul: shares the outputs of all parts among the threads, and decides for float weights whether
+// to multiply straight from them (few rows) or from weights widened once for many rows.
 #include <algorithm>
 #include <cstring>
 
@@ -96,7 +96,7 @@ QuantisedRows RowOf(const QuantisedRows& x, int64_t row, int64_t in) {
           .scaled_sum = x.scaled_sum + row * (in / 32)};
 }
 
-Panel CarvePanel(Carver& carver, int64_t in) {
+PanelMemory CarvePanel(Carver& carver, int64_t in) {
   return {.levels = carver.Take<uint8_t>(kPanel * in),
           .scales = carver.Take<float>(kPanel * in / 16),
           .mins = carver.Take<float>(kPanel * in / 16)};
@@ -146,6 +146,7 @@ class Product {
       CHECK(FloatKernelsOf(kernels_, part.dtype) != nullptr ||
             BlockKernelsOf(kernels_, part.dtype) != nullptr)
           << Info(part.dtype).name << " is not a weight type";
+      CHECK_EQ(part.packed, IsQuantised(part.dtype)) << "blocks are multiplied from panels";
     }
   }
 
@@ -227,42 +228,21 @@ class Product {
 
   void ComputeBlocks(const BlockKernels& kernels, const View& part, int64_t begin, int64_t end,
                      float* out, int thread) {
-    if (rows_ <= kernels.dot_rows) {
-      DotBlocks(kernels, part, begin, end, out);
-      return;
-    }
     Carver carver;
     CarvePanel(carver, in_);
     carver = {context_.Scratch(thread, carver.used), 0};
-    BlockTile tile = {.panel = CarvePanel(carver, in_),
+    const int64_t panel_bytes = PackedPanelBytes(part.dtype, in_);
+    BlockTile tile = {.panel = part.as<const uint8_t>() + begin / kPanel * panel_bytes,
+                      .scratch = CarvePanel(carver, in_),
                       .x = quantised_,
                       .rows = rows_,
                       .in = in_,
                       .columns = 0,
-                      .out = nullptr,
+                      .out = out + begin,
                       .out_stride = args_.out.stride[0]};
-    const std::byte* outputs[kPanel];
-    for (int64_t c = begin; c < end; c += kPanel) {
-      for (int i = 0; i < kPanel; ++i) outputs[i] = part.row(std::min(c + i, end - 1));
-      kernels.unpack(outputs, in_, tile.panel);
+    for (int64_t c = begin; c < end; c += kPanel, tile.panel += panel_bytes, tile.out += kPanel) {
       tile.columns = std::min<int64_t>(kPanel, end - c);
-      tile.out = out + c;
       kernels.multiply(tile);
-    }
-  }
-
-  void DotBlocks(const BlockKernels& kernels, const View& part, int64_t begin, int64_t end,
-                 float* out) {
-    BlockDot dot = {};
-    dot.in = in_;
-    for (int64_t c = begin; c < end; c += 8) {
-      for (int i = 0; i < 8; ++i) dot.weights[i] = part.row(std::min(c + i, end - 1));
-      dot.columns = std::min<int64_t>(8, end - c);
-      for (int64_t r = 0; r < rows_; ++r) {
-        dot.x = RowOf(quantised_, r, in_);
-        dot.out = out + r * args_.out.stride[0] + c;
-        kernels.dot(dot);
-      }
     }
   }
 
@@ -282,5 +262,25 @@ class Product {
 }  // namespace
 
 void MatMul(BackendContext& context, const MatMulArgs& args) { Product(context, args).Compute(); }
+
+View PackWeights(BackendContext& context, const View& matrix, std::byte* to) {
+  const BlockKernels* kernels = BlockKernelsOf(MatMulKernelsOf(context.simd), matrix.dtype);
+  CHECK(kernels != nullptr && !matrix.packed) << Info(matrix.dtype).name;
+  const int64_t rows = matrix.shape[0], in = matrix.shape[1];
+  const int64_t panel_bytes = PackedPanelBytes(matrix.dtype, in);
+  context.team.For((rows + kPanel - 1) / kPanel, 1, [&](int64_t begin, int64_t end, int) {
+    const std::byte* outputs[kPanel];
+    for (int64_t p = begin; p < end; ++p) {
+      for (int o = 0; o < kPanel; ++o) {
+        outputs[o] = matrix.row(std::min(p * kPanel + o, rows - 1));
+      }
+      kernels->pack(outputs, in, reinterpret_cast<uint8_t*>(to) + p * panel_bytes);
+    }
+  });
+  View packed = matrix;
+  packed.data = to;
+  packed.packed = true;
+  return packed;
+}
 
 }  // namespace longspan::cpu

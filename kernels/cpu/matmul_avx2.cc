@@ -63,31 +63,99 @@ LONGSPAN_AVX2 void Quantise(const float* x, int64_t in, const QuantisedRows& row
 }
 
 template <class Format>
-LONGSPAN_AVX2 void Unpack(const std::byte* const outputs[kPanel], int64_t in, const Panel& panel) {
+LONGSPAN_AVX2 void Pack(const std::byte* const outputs[kPanel], int64_t in, uint8_t* packed) {
+  using Packed = PackedPanel<Format>;
   using Block = typename Format::Block;
-  constexpr int kElements = Info(Format::kType).block_elements;
-  constexpr int kGroups = kElements / Format::kGroup;
-  const std::byte* next = outputs[kPanel - 1] + BytesOf(Format::kType, in);
-  for (int64_t b = 0; b < in / kElements; ++b) {
-    for (int half = 0; half < kPanel; half += 8, next += 8 * sizeof(Block)) {
-      // Into L2: L1 holds the panel that is being made, and its blocks.
-      Prefetch<8 * sizeof(Block), /*kIntoL2=*/true>(next);
-      const int64_t scale_offset = b * kGroups * kPanel + half;
-      LoadScales<Format>(outputs + half, b, panel.scales + scale_offset, panel.mins + scale_offset,
-                         kPanel);
-      for (int run = 0; run < kElements / 32; ++run) {
+  uint8_t steps[kRunSteps * kStepBytes];
+  uint8_t* scales = packed + Packed::ScalesAt(in);
+  for (int64_t b = 0; b < in / Packed::kElements; ++b, scales += Packed::kScaleBytes) {
+    Packed::PackScales(outputs, b, scales);
+    for (int run = 0; run < Packed::kElements / 32; ++run, packed += Packed::kRunBytes) {
+      for (int half = 0; half < kPanel; half += 8) {
         __m256i v[8];
         LONGSPAN_UNROLL
         for (int o = 0; o < 8; ++o) v[o] = LoadLevels(BlockAt<Block>(outputs[half + o], b), run);
         Transpose8(v);
-        uint8_t* to = panel.levels + (b * kElements + 32 * run) * kPanel + 4 * half;
         LONGSPAN_UNROLL
-        for (int k = 0; k < 8; ++k) {
-          _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 4 * kPanel * k), v[k]);
+        for (int s = 0; s < 8; ++s) {
+          Store256(steps + kStepBytes * s + 4 * half, v[s]);
+        }
+      }
+      Packed::PackRun(steps, packed);
+    }
+  }
+}
+
+// Half `half` of step `step` of a run.
+template <class Format>
+LONGSPAN_AVX2 inline __m256i UnpackLevels(const uint8_t* run, int step, int half) {
+  const __m256i bytes = Load256(run + kStepBytes * (step / 2) + 32 * half);
+  const __m256i nibbles =
+      _mm256_and_si256(step % 2 == 0 ? bytes : _mm256_srli_epi16(bytes, 4), _mm256_set1_epi8(15));
+  constexpr int kBits = Format::kBits - 4;
+  if (kBits == 0) return nibbles;
+  const int fields = 8 / std::max(kBits, 1);
+  const __m256i high = Load256(run + kStepBytes * (4 + step / fields) + 32 * half);
+  const int up = 4 - kBits * (step % fields);
+  const __m256i moved = up >= 0 ? _mm256_slli_epi16(high, up) : _mm256_srli_epi16(high, -up);
+  return _mm256_or_si256(nibbles, _mm256_and_si256(moved, _mm256_set1_epi8(kBits == 1 ? 16 : 48)));
+}
+
+LONGSPAN_AVX2 inline __m256 ScalesOf(const uint8_t* bytes, bool is_signed, __m256 d) {
+  const __m128i packed = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes));
+  const __m256i wide = is_signed ? _mm256_cvtepi8_epi32(packed) : _mm256_cvtepu8_epi32(packed);
+  return _mm256_mul_ps(d, _mm256_cvtepi32_ps(wide));
+}
+
+LONGSPAN_AVX2 inline __m256 Halves(const uint8_t* d) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(d)));
+}
+
+// An unpacked panel; levels of 8 bits stay where they are.
+struct Panel {
+  const uint8_t* levels;
+  const float* scales;
+  const float* mins;
+};
+
+template <class Format>
+LONGSPAN_AVX2 Panel Unpack(const uint8_t* packed, int64_t in, const PanelMemory& memory) {
+  using Packed = PackedPanel<Format>;
+  const uint8_t* block = packed + Packed::ScalesAt(in);
+  float *scales = memory.scales, *mins = memory.mins;
+  for (int64_t b = 0; b < in / Packed::kElements; ++b, block += Packed::kScaleBytes) {
+    for (int half = 0; half < kPanel; half += 8) {
+      const __m256 d = Halves(block + 2 * half);
+      for (int g = 0; g < Packed::kGroups; ++g) {
+        float* to = scales + g * kPanel + half;
+        if constexpr (Packed::kGroupBytes == 0) {
+          _mm256_storeu_ps(to, d);
+        } else if constexpr (Format::kMin) {
+          const uint8_t* bytes = block + 2 * Packed::kHalves + g * Packed::kGroupBytes + half;
+          _mm256_storeu_ps(to, ScalesOf(bytes, /*is_signed=*/false, d));
+          _mm256_storeu_ps(mins + g * kPanel + half,
+                           ScalesOf(bytes + kPanel, /*is_signed=*/false,
+                                    Halves(block + Packed::kHalves + 2 * half)));
+        } else {
+          const uint8_t* bytes = block + Packed::kHalves + g * Packed::kGroupBytes + half;
+          _mm256_storeu_ps(to, ScalesOf(bytes, /*is_signed=*/true, d));
         }
       }
     }
+    scales += Packed::kGroups * kPanel;
+    mins += Packed::kGroups * kPanel;
   }
+  if (Format::kBits == 8) return {packed, memory.scales, memory.mins};
+  uint8_t* levels = memory.levels;
+  for (int64_t run = 0; run < in / 32; ++run, packed += Packed::kRunBytes) {
+    Prefetch<Packed::kRunBytes>(packed + kAhead);
+    LONGSPAN_UNROLL
+    for (int s = 0; s < kRunSteps; ++s, levels += kStepBytes) {
+      Store256(levels, UnpackLevels<Format>(packed, s, 0));
+      Store256(levels + 32, UnpackLevels<Format>(packed, s, 1));
+    }
+  }
+  return {memory.levels, memory.scales, memory.mins};
 }
 
 // Products of 8-bit levels do not fit 16-bit sums: they are made signed, and the signs moved to x.
@@ -116,7 +184,7 @@ LONGSPAN_AVX2 inline void Settle(__m256i& sum) { asm("" : "+x"(sum)); }
 
 // R rows times the 16 outputs of a panel.
 template <class Format, int R>
-LONGSPAN_AVX2 inline void MultiplyRows(const BlockTile& t, int64_t row) {
+LONGSPAN_AVX2 inline void MultiplyRows(const BlockTile& t, const Panel& panel, int64_t row) {
   constexpr int kGroup = Format::kGroup;
   constexpr int kSteps = kStepsPerSum<Format>;
   const __m256i ones = _mm256_set1_epi16(1);
@@ -128,8 +196,10 @@ LONGSPAN_AVX2 inline void MultiplyRows(const BlockTile& t, int64_t row) {
   __m256 result[R][2];
   LONGSPAN_UNROLL
   for (int r = 0; r < R; ++r) result[r][0] = result[r][1] = _mm256_setzero_ps();
-  const uint8_t* levels = t.panel.levels;
+  const uint8_t* levels = panel.levels;
   for (int64_t g = 0; g < groups; ++g) {
+    // Others' levels were asked for when they were unpacked.
+    if (Format::kBits == 8 && row == 0) Prefetch<kGroup * kPanel>(levels + kAhead);
     __m256i dot[R][2];
     LONGSPAN_UNROLL
     for (int r = 0; r < R; ++r) dot[r][0] = dot[r][1] = _mm256_setzero_si256();
@@ -169,7 +239,7 @@ LONGSPAN_AVX2 inline void MultiplyRows(const BlockTile& t, int64_t row) {
     q += kGroup;
     LONGSPAN_UNROLL
     for (int h = 0; h < 2; ++h) {
-      const __m256 scale = _mm256_loadu_ps(t.panel.scales + g * kPanel + 8 * h);
+      const __m256 scale = _mm256_loadu_ps(panel.scales + g * kPanel + 8 * h);
       LONGSPAN_UNROLL
       for (int r = 0; r < R; ++r) {
         __m256 value = _mm256_cvtepi32_ps(dot[r][h]);
@@ -181,7 +251,7 @@ LONGSPAN_AVX2 inline void MultiplyRows(const BlockTile& t, int64_t row) {
             _mm256_mul_ps(scale, _mm256_broadcast_ss(x_scale + r * (t.in / 32) + g * kGroup / 32));
         result[r][h] = _mm256_fmadd_ps(value, both, result[r][h]);
         if (Format::kMin) {
-          const __m256 min = _mm256_loadu_ps(t.panel.mins + g * kPanel + 8 * h);
+          const __m256 min = _mm256_loadu_ps(panel.mins + g * kPanel + 8 * h);
           result[r][h] = _mm256_fnmadd_ps(
               min, _mm256_broadcast_ss(x_scaled_sum + r * (t.in / 32) + g), result[r][h]);
         }
@@ -200,80 +270,11 @@ LONGSPAN_AVX2 inline void MultiplyRows(const BlockTile& t, int64_t row) {
 
 template <class Format>
 LONGSPAN_AVX2 void MultiplyBlocks(const BlockTile& t) {
+  const Panel panel = Unpack<Format>(t.panel, t.in, t.scratch);
   int64_t row = 0;
-  for (; row + 3 <= t.rows; row += 3) MultiplyRows<Format, 3>(t, row);
-  if (t.rows - row == 2) MultiplyRows<Format, 2>(t, row);
-  if (t.rows - row == 1) MultiplyRows<Format, 1>(t, row);
-}
-
-// The 8 lanes of each of 8 vectors summed: lane o of the result is the sum of v[o]. With `halves`,
-// the sums of their lower and upper four lanes apart.
-LONGSPAN_AVX2 inline void SumLanes(const __m256i v[8], __m256i halves[2]) {
-  const __m256i low =
-      _mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3]));
-  const __m256i high =
-      _mm256_hadd_epi32(_mm256_hadd_epi32(v[4], v[5]), _mm256_hadd_epi32(v[6], v[7]));
-  halves[0] = _mm256_permute2x128_si256(low, high, 0x20);
-  halves[1] = _mm256_permute2x128_si256(low, high, 0x31);
-}
-
-// One row times 8 outputs, straight from the blocks; the same float operations as MultiplyRows.
-template <class Format>
-LONGSPAN_AVX2 void DotBlocks(const BlockDot& t) {
-  using Block = typename Format::Block;
-  constexpr int kElements = Info(Format::kType).block_elements;
-  constexpr int kGroups = kElements / Format::kGroup;
-  constexpr int kGroupsPerRun = 32 / Format::kGroup;
-  const __m256i ones = _mm256_set1_epi16(1);
-  alignas(32) float scales[kGroups * 8], mins[kGroups * 8];
-  __m256 result = _mm256_setzero_ps();
-  int64_t run_index = 0;
-  const std::byte* next = t.weights[7] + BytesOf(Format::kType, t.in);
-  for (int64_t b = 0; b < t.in / kElements; ++b, next += 8 * sizeof(Block)) {
-    Prefetch<8 * sizeof(Block)>(next);
-    LoadScales<Format>(t.weights, b, scales, mins, 8);
-    LONGSPAN_UNROLL
-    for (int run = 0; run < kElements / 32; ++run, ++run_index) {
-      const __m256i x = Load256(t.x.q + 32 * run_index);
-      __m256i dots[8];
-      LONGSPAN_UNROLL
-      for (int o = 0; o < 8; ++o) {
-        const Block& block = BlockAt<Block>(t.weights[o], b);
-        __m256i product;
-        if constexpr (kSigned<Format>) {
-          const __m256i w = Load256(block.q);
-          product = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
-        } else {
-          product = _mm256_maddubs_epi16(LoadLevels(block, run), x);
-        }
-        dots[o] = _mm256_madd_epi16(product, ones);
-      }
-      __m256i halves[2];
-      SumLanes(dots, halves);
-      if (kGroupsPerRun == 1) halves[0] = _mm256_add_epi32(halves[0], halves[1]);
-      const __m256 x_scale = _mm256_broadcast_ss(t.x.scale + run_index);
-      LONGSPAN_UNROLL
-      for (int h = 0; h < kGroupsPerRun; ++h) {
-        const int g = run * kGroupsPerRun + h;
-        __m256 value = _mm256_cvtepi32_ps(halves[h]);
-        if (!kSigned<Format> && Format::kOffset != 0) {
-          const float* sum =
-              kGroupsPerRun == 2 ? t.x.sum16 + 2 * run_index + h : t.x.sum32 + run_index;
-          value =
-              _mm256_fnmadd_ps(_mm256_broadcast_ss(sum), _mm256_set1_ps(Format::kOffset), value);
-        }
-        const __m256 both = _mm256_mul_ps(_mm256_load_ps(scales + 8 * g), x_scale);
-        result = _mm256_fmadd_ps(value, both, result);
-        if (Format::kMin) {
-          result = _mm256_fnmadd_ps(_mm256_load_ps(mins + 8 * g),
-                                    _mm256_broadcast_ss(t.x.scaled_sum + run_index), result);
-        }
-      }
-    }
-  }
-  alignas(32) float whole[8];
-  _mm256_store_ps(whole, result);
-  std::copy_n(whole, t.columns, t.out);
+  for (; row + 3 <= t.rows; row += 3) MultiplyRows<Format, 3>(t, panel, row);
+  if (t.rows - row == 2) MultiplyRows<Format, 2>(t, panel, row);
+  if (t.rows - row == 1) MultiplyRows<Format, 1>(t, panel, row);
 }
 
 template <DType kType>
@@ -378,8 +379,7 @@ LONGSPAN_AVX2 void Widen(const std::byte* weights, int64_t count, float* out) {
 
 template <class Format>
 constexpr BlockKernels BlockEntry() {
-  // Measured: at two rows of any type but Q8_0 unpacking is already the faster way.
-  return {Unpack<Format>, MultiplyBlocks<Format>, DotBlocks<Format>, Format::kBits == 8 ? 3 : 1};
+  return {Pack<Format>, MultiplyBlocks<Format>};
 }
 
 template <DType kType>

@@ -1,5 +1,4 @@
-// MatMul's inner loops where AVX-512 with VNNI does better than AVX2. Unpacking and quantising
-// stay.
+// MatMul's inner loops where AVX-512 with VNNI does better than AVX2. Packing and quantising stay.
 #if !defined(__clang__)
 // GCC bug 105593: gcc 12 takes the "undefined" operands inside its own AVX-512 headers for
 // mistakes.
@@ -15,12 +14,58 @@
 namespace longspan::cpu {
 namespace {
 
+// The levels of step `step` of a run.
+template <class Format>
+LONGSPAN_AVX512 inline __m512i UnpackLevels(const uint8_t* run, int step) {
+  if (Format::kBits == 8) return _mm512_loadu_si512(run + kStepBytes * step);
+  const __m512i bytes = _mm512_loadu_si512(run + kStepBytes * (step / 2));
+  const __m512i nibbles =
+      _mm512_and_si512(step % 2 == 0 ? bytes : _mm512_srli_epi16(bytes, 4), _mm512_set1_epi8(15));
+  constexpr int kBits = Format::kBits - 4;
+  if (kBits == 0) return nibbles;
+  const int fields = 8 / std::max(kBits, 1);
+  const __m512i high = _mm512_loadu_si512(run + kStepBytes * (4 + step / fields));
+  const int up = 4 - kBits * (step % fields);
+  const __m512i moved = up >= 0 ? _mm512_slli_epi16(high, up) : _mm512_srli_epi16(high, -up);
+  // nibbles | (moved & field)
+  return _mm512_ternarylogic_epi32(nibbles, moved, _mm512_set1_epi8(kBits == 1 ? 16 : 48), 0xf8);
+}
+
+LONGSPAN_AVX512 inline __m512 Halves(const uint8_t* d) { return _mm512_cvtph_ps(Load256(d)); }
+
+LONGSPAN_AVX512 inline __m128i Load128(const void* p) {
+  return _mm_loadu_si128(static_cast<const __m128i*>(p));
+}
+
+// Scales of one group of all outputs, from those of its block; as PackedPanel::Scale.
+template <class Format>
+LONGSPAN_AVX512 inline __m512 ScalesOf(const uint8_t* block, int group) {
+  using Packed = PackedPanel<Format>;
+  const __m512 d = Halves(block);
+  if constexpr (Packed::kGroupBytes == 0) return d;
+  const uint8_t* bytes =
+      block + (Format::kMin ? 2 : 1) * Packed::kHalves + group * Packed::kGroupBytes;
+  const __m512i wide =
+      Format::kMin ? _mm512_cvtepu8_epi32(Load128(bytes)) : _mm512_cvtepi8_epi32(Load128(bytes));
+  return _mm512_mul_ps(d, _mm512_cvtepi32_ps(wide));
+}
+
+template <class Format>
+LONGSPAN_AVX512 inline __m512 MinsOf(const uint8_t* block, int group) {
+  using Packed = PackedPanel<Format>;
+  const uint8_t* bytes = block + 2 * Packed::kHalves + group * Packed::kGroupBytes + kPanel;
+  return _mm512_mul_ps(Halves(block + Packed::kHalves),
+                       _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(Load128(bytes))));
+}
+
 // R rows times the 16 outputs of a panel. A 32-bit lane takes four unsigned levels times four
 // signed activations at once, so that all formats stay unsigned and subtract offset * sum
 // afterwards.
 template <class Format, int R>
 LONGSPAN_AVX512 inline void MultiplyRows(const BlockTile& t, int64_t row) {
+  using Packed = PackedPanel<Format>;
   constexpr int kGroup = Format::kGroup;
+  constexpr int kGroupsOfRun = 32 / kGroup;
   const int64_t groups = t.in / kGroup;
   const int8_t* q = t.x.q + row * t.in;
   const float* x_scale = t.x.scale + row * (t.in / 32);
@@ -29,36 +74,49 @@ LONGSPAN_AVX512 inline void MultiplyRows(const BlockTile& t, int64_t row) {
   __m512 result[R];
   LONGSPAN_UNROLL
   for (int r = 0; r < R; ++r) result[r] = _mm512_setzero_ps();
-  const uint8_t* levels = t.panel.levels;
-  for (int64_t g = 0; g < groups; ++g, q += kGroup) {
-    __m512i dot[R];
+  const uint8_t* levels = t.panel;
+  const uint8_t* block = t.panel + Packed::ScalesAt(t.in);
+  int group = 0;  // of the block
+  for (int64_t run = 0; run < t.in / 32; ++run, levels += Packed::kRunBytes, q += 32) {
+    if (row == 0) Prefetch<Packed::kRunBytes>(levels + kAhead);
     LONGSPAN_UNROLL
-    for (int r = 0; r < R; ++r) dot[r] = _mm512_setzero_si512();
-    LONGSPAN_UNROLL
-    for (int s = 0; s < kGroup / 4; ++s, levels += 4 * kPanel) {
-      const __m512i w = _mm512_loadu_si512(levels);
+    for (int part = 0; part < kGroupsOfRun; ++part, ++group) {
+      __m512i dot[R];
+      LONGSPAN_UNROLL
+      for (int r = 0; r < R; ++r) dot[r] = _mm512_setzero_si512();
+      LONGSPAN_UNROLL
+      for (int s = 0; s < kGroup / 4; ++s) {
+        const int step = part * (kGroup / 4) + s;
+        const __m512i w = UnpackLevels<Format>(levels, step);
+        LONGSPAN_UNROLL
+        for (int r = 0; r < R; ++r) {
+          int word;
+          std::memcpy(&word, q + r * t.in + 4 * step, 4);
+          dot[r] = _mm512_dpbusd_epi32(dot[r], w, _mm512_set1_epi32(word));
+        }
+      }
+      const int64_t g = run * kGroupsOfRun + part;
+      const __m512 scale = ScalesOf<Format>(block, group);
+      __m512 min;
+      if constexpr (Format::kMin) min = MinsOf<Format>(block, group);
       LONGSPAN_UNROLL
       for (int r = 0; r < R; ++r) {
-        int word;
-        std::memcpy(&word, q + r * t.in + 4 * s, 4);
-        dot[r] = _mm512_dpbusd_epi32(dot[r], w, _mm512_set1_epi32(word));
+        __m512 value = _mm512_cvtepi32_ps(dot[r]);
+        if (Format::kOffset != 0) {
+          value = _mm512_fnmadd_ps(_mm512_set1_ps(x_sum[r * groups + g]),
+                                   _mm512_set1_ps(Format::kOffset), value);
+        }
+        const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(x_scale[r * (t.in / 32) + run]));
+        result[r] = _mm512_fmadd_ps(value, both, result[r]);
+        if constexpr (Format::kMin) {
+          result[r] =
+              _mm512_fnmadd_ps(min, _mm512_set1_ps(x_scaled_sum[r * (t.in / 32) + run]), result[r]);
+        }
       }
     }
-    const __m512 scale = _mm512_loadu_ps(t.panel.scales + g * kPanel);
-    LONGSPAN_UNROLL
-    for (int r = 0; r < R; ++r) {
-      __m512 value = _mm512_cvtepi32_ps(dot[r]);
-      if (Format::kOffset != 0) {
-        value = _mm512_fnmadd_ps(_mm512_set1_ps(x_sum[r * groups + g]),
-                                 _mm512_set1_ps(Format::kOffset), value);
-      }
-      const __m512 both =
-          _mm512_mul_ps(scale, _mm512_set1_ps(x_scale[r * (t.in / 32) + g * kGroup / 32]));
-      result[r] = _mm512_fmadd_ps(value, both, result[r]);
-      if (Format::kMin) {
-        result[r] = _mm512_fnmadd_ps(_mm512_loadu_ps(t.panel.mins + g * kPanel),
-                                     _mm512_set1_ps(x_scaled_sum[r * (t.in / 32) + g]), result[r]);
-      }
+    if (group == Packed::kGroups) {
+      group = 0;
+      block += Packed::kScaleBytes;
     }
   }
   const __mmask16 valid = static_cast<__mmask16>((1u << t.columns) - 1);
@@ -202,7 +260,6 @@ MatMulKernels Avx512MatMul(MatMulKernels kernels) {
   kernels.f16 = FloatEntry<DType::kF16>();
   kernels.bf16 = FloatEntry<DType::kBF16>();
   kernels.float_columns = kFloatColumns;
-  kernels.q8_0.dot_rows = 3;  // measured on Zen 4: at four rows panels win
   kernels.q8_0.multiply = MultiplyBlocks<FormatQ8_0>;
   kernels.q4_0.multiply = MultiplyBlocks<FormatQ4_0>;
   kernels.q5_0.multiply = MultiplyBlocks<FormatQ5_0>;

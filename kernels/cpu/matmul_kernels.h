@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/cpu/panels.h"
 #include "kernels/cpu/simd.h"
 #include "kernels/dtype.h"
 
@@ -17,8 +18,6 @@ namespace longspan::cpu {
 
 // Elements of x and of converted weights are padded with zeros to a multiple of this.
 inline constexpr int kFloatPadding = 16;
-// Outputs of one panel.
-inline constexpr int kPanel = 16;
 // Activations that share a scale.
 inline constexpr int kActivationGroup = 32;
 
@@ -46,16 +45,18 @@ struct QuantisedRows {
   float* scaled_sum;  // [rows, in / 32] scale * sum32
 };
 
-// kPanel outputs of a block matrix, unpacked: element i of output o is levels[i / 4][o][i % 4]; its
-// group's scale and min (formats that have one) are scales[i / kGroup][o] and mins[i / kGroup][o].
-struct Panel {
+// Room for a panel unpacked: element i of output o is levels[i / 4][o][i % 4]; its group's scale
+// and min (formats that have one) are scales[i / kGroup][o] and mins[i / kGroup][o].
+struct PanelMemory {
   uint8_t* levels;
   float* scales;
   float* mins;
 };
 
+// Some rows of x times one panel of a packed matrix (panels.h).
 struct BlockTile {
-  Panel panel;
+  const uint8_t* panel;
+  PanelMemory scratch;
   QuantisedRows x;
   int64_t rows;
   int64_t in;
@@ -64,25 +65,15 @@ struct BlockTile {
   int64_t out_stride;
 };
 
-// Up to 8 outputs straight from their blocks for one row of x.
-struct BlockDot {
-  const std::byte* weights[8];  // one output's blocks each; unused ones repeat the last
-  QuantisedRows x;
-  int64_t in;
-  int64_t columns;  // <= 8
-  float* out;
-};
-
 struct FloatKernels {
   void (*multiply)(const FloatTile& tile);                             // straight from the weights
   void (*widen)(const std::byte* weights, int64_t count, float* out);  // to F32, exact
 };
 
 struct BlockKernels {
-  void (*unpack)(const std::byte* const outputs[kPanel], int64_t in, const Panel& panel);
+  // Packs a panel from one row of blocks per output.
+  void (*pack)(const std::byte* const outputs[kPanel], int64_t in, uint8_t* panel);
   void (*multiply)(const BlockTile& tile);
-  void (*dot)(const BlockDot& dot);
-  int dot_rows;  // calls of at most so many rows are faster by `dot` than by a panel
 };
 
 struct MatMulKernels {

@@ -62,27 +62,38 @@ void Quantise(const float* x, int64_t in, const QuantisedRows& row) {
 }
 
 template <class Format>
-void Unpack(const std::byte* const outputs[kPanel], int64_t in, const Panel& panel) {
+void Pack(const std::byte* const outputs[kPanel], int64_t in, uint8_t* packed) {
+  using Packed = PackedPanel<Format>;
   using Block = typename Format::Block;
-  constexpr int kElements = Info(Format::kType).block_elements;
-  constexpr int kGroups = kElements / Format::kGroup;
-  uint8_t level[32];
-  float scale[kGroups], min[kGroups];
-  for (int o = 0; o < kPanel; ++o) {
-    for (int64_t b = 0; b < in / kElements; ++b) {
-      Block block;
-      std::memcpy(&block, outputs[o] + b * sizeof(Block), sizeof(Block));
-      Format::Scales(block, scale, min);
-      for (int g = 0; g < kGroups; ++g) {
-        panel.scales[(b * kGroups + g) * kPanel + o] = scale[g];
-        if (Format::kMin) panel.mins[(b * kGroups + g) * kPanel + o] = min[g];
-      }
-      for (int run = 0; run < kElements / 32; ++run) {
+  uint8_t level[32], steps[kRunSteps * kStepBytes];
+  for (int64_t b = 0; b < in / Packed::kElements; ++b) {
+    Packed::PackScales(outputs, b, packed + Packed::ScalesAt(in) + b * Packed::kScaleBytes);
+    for (int run = 0; run < Packed::kElements / 32; ++run) {
+      for (int o = 0; o < kPanel; ++o) {
+        Block block;
+        std::memcpy(&block, outputs[o] + b * sizeof(Block), sizeof(Block));
         Format::Levels(block, run, level);
-        uint8_t* to = panel.levels + (b * kElements + 32 * run) * kPanel + 4 * o;
-        for (int i = 0; i < 32; ++i) to[i / 4 * 4 * kPanel + i % 4] = level[i];
+        for (int i = 0; i < 32; ++i) steps[i / 4 * kStepBytes + 4 * o + i % 4] = level[i];
       }
+      Packed::PackRun(steps, packed + (b * Packed::kElements / 32 + run) * Packed::kRunBytes);
     }
+  }
+}
+
+template <class Format>
+void Unpack(const uint8_t* packed, int64_t in, const PanelMemory& memory) {
+  using Packed = PackedPanel<Format>;
+  for (int64_t i = 0; i < in * kPanel; ++i) {
+    const auto step = static_cast<int>(i / kStepBytes % kRunSteps);
+    memory.levels[i] = Packed::Level(packed + i / (32 * kPanel) * Packed::kRunBytes, step,
+                                     static_cast<int>(i % kStepBytes));
+  }
+  for (int64_t i = 0; i < in / Format::kGroup * kPanel; ++i) {
+    const int64_t group = i / kPanel;
+    const uint8_t* scales =
+        packed + Packed::ScalesAt(in) + group / Packed::kGroups * Packed::kScaleBytes;
+    Packed::Scale(scales, static_cast<int>(group % Packed::kGroups), static_cast<int>(i % kPanel),
+                  memory.scales + i, memory.mins + i);
   }
 }
 
@@ -100,6 +111,7 @@ template <class Format>
 void MultiplyBlocks(const BlockTile& t) {
   constexpr int kGroup = Format::kGroup;
   const int64_t groups = t.in / kGroup;
+  Unpack<Format>(t.panel, t.in, t.scratch);
   for (int64_t r = 0; r < t.rows; ++r) {
     const int8_t* q = t.x.q + r * t.in;
     const float* scale = t.x.scale + r * (t.in / 32);
@@ -108,12 +120,12 @@ void MultiplyBlocks(const BlockTile& t) {
     float result[kPanel] = {};
     for (int64_t g = 0; g < groups; ++g) {
       int32_t dot[kPanel] = {};
-      DotLevels(t.panel.levels + g * kGroup * kPanel, q + g * kGroup, kGroup, dot);
+      DotLevels(t.scratch.levels + g * kGroup * kPanel, q + g * kGroup, kGroup, dot);
       const float x_scale = scale[g * kGroup / 32];
       for (int o = 0; o < kPanel; ++o) {
         const float signed_dot = static_cast<float>(dot[o]) - Format::kOffset * sum[g];
-        result[o] += signed_dot * (t.panel.scales[g * kPanel + o] * x_scale);
-        if (Format::kMin) result[o] -= t.panel.mins[g * kPanel + o] * scaled_sum[g];
+        result[o] += signed_dot * (t.scratch.scales[g * kPanel + o] * x_scale);
+        if (Format::kMin) result[o] -= t.scratch.mins[g * kPanel + o] * scaled_sum[g];
       }
     }
     std::copy_n(result, t.columns, t.out + r * t.out_stride);
@@ -122,7 +134,7 @@ void MultiplyBlocks(const BlockTile& t) {
 
 template <class Format>
 constexpr BlockKernels BlockEntry() {
-  return {Unpack<Format>, MultiplyBlocks<Format>, nullptr, 0};
+  return {Pack<Format>, MultiplyBlocks<Format>};
 }
 
 template <DType kType>

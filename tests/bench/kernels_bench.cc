@@ -52,11 +52,12 @@ struct Roof {
 // a layer's weights have left the caches when their turn comes again.
 double BestSeconds(Backend& backend, const Shape& shape, int64_t rows, std::mt19937& random) {
   const testing::Weights one = testing::RandomWeights(shape.type, shape.out, shape.in, random);
-  const int64_t bytes = BytesOf(shape.type, shape.out * shape.in);
+  const int64_t bytes = std::max(backend.WeightBytes(one.view()), one.view().bytes());
   const int64_t copies = std::max<int64_t>(1, kColdBytes / bytes);
   Buffer weights = backend.Allocate(copies * bytes);
+  View placed;
   for (int64_t i = 0; i < copies; ++i) {
-    backend.CopyIn(weights.data() + i * bytes, one.bytes.data(), bytes);
+    placed = testing::Place(backend, one.view(), weights.data() + i * bytes);
   }
   std::vector<float> x = testing::RandomFloats(rows * shape.in, random);
   std::vector<float> out(rows * shape.out);
@@ -65,8 +66,8 @@ double BestSeconds(Backend& backend, const Shape& shape, int64_t rows, std::mt19
   args.out = View::Matrix(out.data(), DType::kF32, rows, shape.out);
   double best = 1e9, total = 0;
   for (int64_t i = 0; i < 5 || total < kSecondsPerCase; ++i) {
-    args.parts[0] =
-        View::Matrix(weights.data() + i % copies * bytes, shape.type, shape.out, shape.in);
+    placed.data = weights.data() + i % copies * bytes;
+    args.parts[0] = placed;
     const auto begin = std::chrono::steady_clock::now();
     backend.Run(backend.ops().MatMul, args);
     const std::chrono::duration<double> time = std::chrono::steady_clock::now() - begin;

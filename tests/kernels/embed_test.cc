@@ -18,8 +18,9 @@ TEST(Embed, GivesScaledRowsOfAnyWeightType) {
   for (DType type : testing::kWeightTypes) {
     const testing::Weights table = testing::RandomWeights(type, 37, kDim, random);
     std::vector<float> out(7 * kStride, -1.0f);
+    const testing::PlacedWeights placed(*backend, table.view());
     EmbedArgs args;
-    args.table = table.view();
+    args.table = placed.view;
     args.tokens = View::Vector(tokens, DType::kI32, 7);
     args.out = View::Matrix(out.data(), DType::kF32, 7, kStride).Columns(4, kDim);
     args.scale = 25.25f;

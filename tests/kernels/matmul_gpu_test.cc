@@ -39,7 +39,7 @@ class CudaMatMul : public ::testing::Test {
     int64_t columns = 0, bytes = 0;
     for (const Weights& part : parts) {
       columns += part.rows;
-      bytes += part.view().bytes();
+      bytes += std::max(backend.WeightBytes(part.view()), part.view().bytes());
     }
     const int64_t in = parts[0].columns;
     // One allocation, as the loader makes it: parts that follow each other may be joined.
@@ -51,11 +51,8 @@ class CudaMatMul : public ::testing::Test {
     args.part_count = 0;
     std::byte* at = weights.data();
     for (const Weights& part : parts) {
-      View view = part.view();
-      backend.CopyIn(at, view.data, view.bytes());
-      view.data = at;
-      at += view.bytes();
-      args.parts[args.part_count++] = view;
+      args.parts[args.part_count++] = testing::Place(backend, part.view(), at);
+      at += std::max(backend.WeightBytes(part.view()), part.view().bytes());
     }
     args.x = View::Matrix(x_memory.data(), DType::kF32, rows, in);
     args.out = View::Matrix(out_memory.data(), out_type, rows, columns);

@@ -14,6 +14,7 @@ namespace {
 
 using testing::DecodeRow;
 using testing::kWeightTypes;
+using testing::PlacedWeights;
 using testing::RandomFloats;
 using testing::RandomWeights;
 using testing::Weights;
@@ -26,8 +27,9 @@ std::vector<float> Multiply(Backend& backend, const std::vector<float>& x, int64
   MatMulArgs args;
   args.part_count = 0;
   int64_t columns = 0;
+  std::vector<PlacedWeights> placed;
   for (const Weights* part : parts) {
-    args.parts[args.part_count++] = part->view();
+    args.parts[args.part_count++] = placed.emplace_back(backend, part->view()).view;
     columns += part->rows;
   }
   std::vector<float> out(rows * columns, NAN);
@@ -218,7 +220,8 @@ TEST_P(MatMul, LeavesMemoryBetweenStridedRowsAlone) {
     std::vector<float> out(kRows * kOutStride, 7.0f);
     MatMulArgs args;
     args.x = View::Matrix(x.data(), DType::kF32, kRows, kXStride).Columns(0, kIn);
-    args.parts[0] = w.view();
+    const PlacedWeights placed(*backend, w.view());
+    args.parts[0] = placed.view;
     args.out = View::Matrix(out.data(), DType::kF32, kRows, kOutStride).Columns(3, kColumns);
     backend->Run(backend->ops().MatMul, args);
     for (int64_t r = 0; r < kRows; ++r) {

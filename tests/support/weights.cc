@@ -79,6 +79,14 @@ std::vector<int> ScaleOffsets(DType type) {
 
 }  // namespace
 
+View Place(Backend& backend, const View& matrix, std::byte* to) {
+  if (backend.WeightBytes(matrix) > 0) return backend.PlaceWeights(matrix, to);
+  backend.CopyIn(to, matrix.data, matrix.bytes());
+  View placed = matrix;
+  placed.data = to;
+  return placed;
+}
+
 double DecodeHalf(uint16_t half) {
   const int exponent = half >> 10 & 31;
   const double fraction = half & 1023;

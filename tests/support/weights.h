@@ -1,11 +1,12 @@
 #pragma once
 // Random weight matrices of any type, and an independent decoder: one element at a time, in double,
 // written from the formats' definition.
+#include <algorithm>
 #include <cstdint>
 #include <random>
 #include <vector>
 
-#include "kernels/view.h"
+#include "kernels/backend.h"
 
 namespace longspan::testing {
 
@@ -20,6 +21,19 @@ struct Weights {
   View view() const {
     return View::Matrix(const_cast<uint8_t*>(bytes.data()), type, rows, columns);
   }
+};
+
+// The matrix at `to`, in the form that the backend's ops read, or as it is where they read it in
+// place.
+View Place(Backend& backend, const View& matrix, std::byte* to);
+
+// A copy of the matrix that owns its memory.
+struct PlacedWeights {
+  PlacedWeights(Backend& backend, const View& matrix)
+      : memory(backend.Allocate(std::max(backend.WeightBytes(matrix), matrix.bytes()))),
+        view(Place(backend, matrix, memory.data())) {}
+  Buffer memory;
+  View view;
 };
 
 // Random bytes with scales that keep the values of order one.
