@@ -57,10 +57,24 @@ void LoadBlock(std::span<const float> row, int64_t block, float* out) {
   }
 }
 
-float BlockMax(const float* x) {
-  Floats highest = Load(x);
-  for (int i = kLanes; i < kRowBlock; i += kLanes) highest = Max(highest, Load(x + i));
-  return std::max(std::max(highest[0], highest[1]), std::max(highest[2], highest[3]));
+float BlockMax(std::span<const float> row, int64_t block) {
+  const float* x = row.data() + block * kRowBlock;
+  float padded[kRowBlock];
+  if (static_cast<int64_t>(row.size()) - block * kRowBlock < kRowBlock) {
+    LoadBlock(row, block, padded);
+    x = padded;
+  }
+  const Floats largest = Splat(std::numeric_limits<float>::max());
+  Floats highest[4];  // four chains: in one, each comparison would wait for the last
+  for (Floats& h : highest) h = Splat(kNoLogit);
+  for (int i = 0; i < kRowBlock; i += 4 * kLanes) {
+    for (int j = 0; j < 4; ++j) {
+      const Floats v = Load(x + i + j * kLanes);
+      highest[j] = Select((v > highest[j]) & (v <= largest), v, highest[j]);
+    }
+  }
+  const Floats all = Max(Max(highest[0], highest[1]), Max(highest[2], highest[3]));
+  return std::max(std::max(all[0], all[1]), std::max(all[2], all[3]));
 }
 
 float BlockWeights(const float* x, float highest, float scale, float floor, float* weights) {
@@ -75,18 +89,17 @@ float BlockWeights(const float* x, float highest, float scale, float floor, floa
 }
 
 std::pair<float, int32_t> RowMax(std::span<const float> row) {
-  float x[kRowBlock];
   float highest = kNoLogit;
   int64_t best = -1;
   for (int64_t b = 0; b < RowBlocks(row); ++b) {
-    LoadBlock(row, b, x);
-    const float m = BlockMax(x);
+    const float m = BlockMax(row, b);
     if (m > highest) {
       highest = m;
       best = b;
     }
   }
   if (best < 0) return {kNoLogit, -1};
+  float x[kRowBlock];
   LoadBlock(row, best, x);
   const auto index = std::find(x, x + kRowBlock, highest) - x;
   return {highest, static_cast<int32_t>(best * kRowBlock + index)};
@@ -127,11 +140,7 @@ void RowTop(std::span<const float> row, int64_t count,
   if (count <= 0) return;
   const int64_t blocks = RowBlocks(row);
   std::vector<float> maxima(blocks);
-  float x[kRowBlock];
-  for (int64_t b = 0; b < blocks; ++b) {
-    LoadBlock(row, b, x);
-    maxima[b] = BlockMax(x);
-  }
+  for (int64_t b = 0; b < blocks; ++b) maxima[b] = BlockMax(row, b);
   // `count` blocks have a value of at least the count-th largest maximum, so the answer is not
   // smaller.
   float floor = kNoLogit;
@@ -143,6 +152,7 @@ void RowTop(std::span<const float> row, int64_t count,
   }
   for (int64_t b = 0; b < blocks; ++b) {
     if (maxima[b] < floor || maxima[b] == kNoLogit) continue;
+    float x[kRowBlock];
     LoadBlock(row, b, x);
     for (int i = 0; i < kRowBlock; ++i) {
       if (x[i] >= floor && x[i] != kNoLogit) {

@@ -20,8 +20,8 @@ inline int64_t RowBlocks(std::span<const float> row) {
 
 // Block `block` of the row, padded with -infinity at its end.
 void LoadBlock(std::span<const float> row, int64_t block, float* out);
-// Largest of a loaded block.
-float BlockMax(const float* x);
+// Largest finite value of a block of the row; -infinity when there is none.
+float BlockMax(std::span<const float> row, int64_t block);
 // weights[i] = exp((x[i] - highest) * scale) for x[i] >= floor, else 0; returns their sum. x[i] <=
 // highest. Relative error below 3e-7 where the weight exceeds 1e-30.
 float BlockWeights(const float* x, float highest, float scale, float floor, float* weights);
