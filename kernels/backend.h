@@ -118,7 +118,7 @@ class Backend {
     op.function(*context_, args);
     const std::chrono::nanoseconds time = std::chrono::steady_clock::now() - begin;
     if (timing_) {
-      OpEnds({op.id, KindOf(args), Cost(args)}, time);
+      OpEnds(TimedCall{op.id, KindOf(args), Cost(args)}, time);
     } else {
       Account(op.id, Cost(args), time);
     }
@@ -190,7 +190,7 @@ class Backend {
   bool timing() const { return timing_; }
   // Run() calls them around an op while timing(). `issued`: how long the op's function took.
   virtual void OpBegins() {}
-  virtual void OpEnds(TimedCall call, std::chrono::nanoseconds issued) {
+  virtual void OpEnds(const TimedCall& call, std::chrono::nanoseconds issued) {
     AccountTimed(call, issued);
   }
   void AccountTimed(const TimedCall& call, std::chrono::nanoseconds time);

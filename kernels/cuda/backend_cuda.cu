@@ -177,9 +177,9 @@ class CudaBackend : public Backend {
     if (timer_->full()) CollectTimes();
     timer_->Begin();
   }
-  void OpEnds(TimedCall call, std::chrono::nanoseconds) override {
+  void OpEnds(const TimedCall& call, std::chrono::nanoseconds) override {
     timer_->End();
-    timed_calls_.push_back(std::move(call));
+    timed_calls_.push_back(call);
   }
   void CollectTimes() {
     const std::vector<std::chrono::nanoseconds> times = timer_->Collect();
