@@ -126,6 +126,46 @@ void AttendSplits(BackendContext& context, const Piece& piece, int rows);
 // The records of `observed` rows whose splits are merged.
 void ObserveSpans(BackendContext& context, const Piece& piece, int observed);
 
+constexpr float kLog2E = 1.4426950408889634f;
+
+// Which rows of a step a block attends that takes up to kRows query rows of one sequence and KV
+// head: of `sequence`, whose rows begin at `flight` and at position `start`, the `rows` from
+// `first` on. Query row r is head r % group of the KV head at position start + r / group.
+struct Tile {
+  int sequence, start, flight, first, rows;
+};
+
+// Tiles in the order of sequences; of a sequence with few rows none.
+template <int kRows>
+__device__ Tile FindTile(const Problem& p, int index) {
+  int s = 0;
+  if (p.tile_rows == 1 && p.batch.rows == p.batch.sequences) {  // all decode: no search
+    const int tiles = (p.group + kRows - 1) / kRows;
+    s = index / tiles;
+    index %= tiles;
+  }
+  for (;; ++s) {
+    const int begin = p.batch.row_begin[s], rows = p.batch.row_begin[s + 1] - begin;
+    if (rows < p.tile_rows) continue;
+    const int tiles = (rows * p.group + kRows - 1) / kRows;
+    if (index < tiles) {
+      const int first = index * kRows;
+      return {s, p.batch.start[s], begin, first, min(kRows, rows * p.group - first)};
+    }
+    index -= tiles;
+  }
+}
+template <int kRows>
+int CountTiles(const Problem& p) {
+  const int32_t* begin = p.batch.HostRowBegin();
+  int tiles = 0;
+  for (int s = 0; s < p.batch.sequences; ++s) {
+    const int rows = begin[s + 1] - begin[s];
+    if (rows >= p.tile_rows) tiles += (rows * p.group + kRows - 1) / kRows;
+  }
+  return tiles;
+}
+
 // Problem::tile_rows, if AttendsInTiles; on a deterministic backend every sequence's rows are.
 constexpr int kTileRows = 16;
 bool AttendsInTiles(const Problem& problem);

@@ -2,6 +2,7 @@
 // warp keeps kStages loads of kWarpKeys keys and values under way, past the registers.
 #include "kernels/cuda/attention.cuh"
 #include "kernels/cuda/check_cuda.h"
+#include "kernels/cuda/tensor_cores.cuh"
 
 namespace longspan::cuda {
 namespace {
@@ -17,15 +18,8 @@ constexpr int kVector = 8;  // elements of 16 bytes
 constexpr int kChunk = kKeyLanes * kVector;
 
 __device__ __forceinline__ void CopyAsync(uint4* to, const void* from) {
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(Shared(to)), "l"(from));
 }
-__device__ __forceinline__ void Commit() { asm volatile("cp.async.commit_group;"); }
-template <int kPending>
-__device__ __forceinline__ void Await() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending));
-}
-
 __device__ __forceinline__ void Unpack(uint4 raw, float (&to)[kVector]) {
   const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll

@@ -25,7 +25,6 @@ using bf16 = __nv_bfloat16;
 
 constexpr int kRows = 64;  // of a block; 16 a warp
 constexpr int kThreads = kRows / 16 * kWarp;
-constexpr float kLog2E = 1.4426950408889634f;
 constexpr int kMostGridZ = 65535;
 constexpr int kFixedSplit = 256;  // keys: long enough to hide joining, short enough for decoding
 
@@ -52,32 +51,6 @@ __device__ __forceinline__ void Split(float x, float y, uint32_t* high, uint32_t
   *high = Pack(hx, hy);
   *low = Pack(__float2bfloat16_rn(x - __bfloat162float(hx)),
               __float2bfloat16_rn(y - __bfloat162float(hy)));
-}
-
-// Which rows a block has.
-struct Tile {
-  int sequence, start, flight;  // as in At
-  int first, rows;              // the first of its sequence's query rows, and how many it has
-};
-
-// Tiles in the order of sequences; of a sequence with few rows none.
-__device__ Tile Find(const Problem& p, int index) {
-  int s = 0;
-  if (p.tile_rows == 1 && p.batch.rows == p.batch.sequences) {  // all decode: no search
-    const int tiles = (p.group + kRows - 1) / kRows;
-    s = index / tiles;
-    index %= tiles;
-  }
-  for (;; ++s) {
-    const int begin = p.batch.row_begin[s], rows = p.batch.row_begin[s + 1] - begin;
-    if (rows < p.tile_rows) continue;
-    const int tiles = (rows * p.group + kRows - 1) / kRows;
-    if (index < tiles) {
-      const int first = index * kRows;
-      return {s, p.batch.start[s], begin, first, min(kRows, rows * p.group - first)};
-    }
-    index -= tiles;
-  }
 }
 
 // Where splits leave what they know.
@@ -124,8 +97,7 @@ __device__ __forceinline__ float JoinSink(const Problem& p, int head, float top,
   return weight;
 }
 
-// grid: tiles, KV heads, splits of a tile if each is a block's. Query row r of a sequence is head
-// r % group of the KV head at position start + r / group. kFixed: in splits.
+// grid: tiles, KV heads, splits of a tile if each is a block's. kFixed: in splits.
 template <int kDim, bool kFixed>
 __global__ void __launch_bounds__(kThreads) Attend(const Problem p, const Splits splits) {
   using S = Shape<kDim>;
@@ -135,7 +107,7 @@ __global__ void __launch_bounds__(kThreads) Attend(const Problem p, const Splits
   bf16* const stages = query_low + S::query;  // keys, values, keys, values
 
   // The last rows see the most keys: they begin first.
-  const Tile tile = Find(p, splits.first_tile + gridDim.x - 1 - blockIdx.x);
+  const Tile tile = FindTile<kRows>(p, splits.first_tile + gridDim.x - 1 - blockIdx.x);
   const int kv_head = blockIdx.y;
   const int first_position = tile.start + tile.first / p.group;
   const int last_position = tile.start + (tile.first + tile.rows - 1) / p.group;
@@ -453,12 +425,7 @@ bool AttendsInTiles(const Problem& p) { return p.cache.dtype == DType::kBF16 && 
 void AttendTiles(BackendContext& context, const Problem& p) {
   CHECK(reinterpret_cast<uintptr_t>(p.out) % 8 == 0 && p.out_row % 2 == 0 && p.out_head % 2 == 0)
       << "out is written in pairs";
-  const int32_t* begin = p.batch.HostRowBegin();
-  int tiles = 0;
-  for (int s = 0; s < p.batch.sequences; ++s) {
-    const int rows = begin[s + 1] - begin[s];
-    if (rows >= p.tile_rows) tiles += (rows * p.group + kRows - 1) / kRows;
-  }
+  const int tiles = CountTiles<kRows>(p);
   if (p.dim <= 64) {
     LaunchFor<64>(context, p, tiles);
   } else if (p.dim <= 96) {

@@ -12,6 +12,7 @@
 
 #include "kernels/cuda/attention.cuh"
 #include "kernels/cuda/check_cuda.h"
+#include "kernels/cuda/tensor_cores.cuh"
 #include "kernels/cuda/wgmma.cuh"
 
 namespace longspan::cuda {
@@ -39,28 +40,6 @@ struct Shape {
 
 #if defined(LONGSPAN_HAS_WGMMA)
 
-constexpr float kLog2E = 1.4426950408889634f;
-
-// Which rows a block has: of `sequence`, whose rows begin at `flight` and at position `start`, the
-// `rows` query rows from `first`. Query row r is head r % group of the KV head at position
-// start + r / group.
-struct Tile {
-  int sequence, start, flight, first, rows;
-};
-
-__device__ Tile Find(const Problem& p, int index) {
-  for (int s = 0;; ++s) {
-    const int begin = p.batch.row_begin[s], rows = p.batch.row_begin[s + 1] - begin;
-    if (rows < p.tile_rows) continue;
-    const int tiles = (rows * p.group + kRows - 1) / kRows;
-    if (index < tiles) {
-      const int first = index * kRows;
-      return {s, p.batch.start[s], begin, first, min(kRows, rows * p.group - first)};
-    }
-    index -= tiles;
-  }
-}
-
 // What the warps of a block know alike.
 struct Block {
   Tile tile;
@@ -74,8 +53,8 @@ struct Block {
   __device__ static Block Of(const Problem& p, uint32_t memory) {
     using S = Shape<kDim>;
     Block b;
-    b.tile =
-        Find(p, gridDim.x - 1 - blockIdx.x);  // the last rows see the most keys: they begin first
+    b.tile = FindTile<kRows>(
+        p, gridDim.x - 1 - blockIdx.x);  // the last rows see the most keys: they begin first
     b.kv_head = blockIdx.y;
     b.first_position = b.tile.start + b.tile.first / p.group;
     b.last_position = b.tile.start + (b.tile.first + b.tile.rows - 1) / p.group;
@@ -95,16 +74,6 @@ __device__ __forceinline__ float Power(float x) {
   float power;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
   return power;
-}
-
-__device__ __forceinline__ void CopyAsync(uint32_t to, const void* from, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-               "r"(valid ? 16 : 0)
-               : "memory");
-}
-template <int kPending>
-__device__ __forceinline__ void WaitCopies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 // The warpgroup that loads. A warp has the rows of a slot from warp * kWarpRows; a row is copied by
@@ -151,10 +120,10 @@ __device__ __forceinline__ void LoadKeys(const Problem& p, const Block& b) {
       const int parity = loads / kSlots % 2 ^ 1;
       if (!Passed(empty, parity)) {
         if (announced < loads) {
-          WaitCopies<0>();
+          Await<0>();
           Announce(announced++);
         }
-        Await(empty, parity);
+        AwaitPhase(empty, parity);
       }
       const uint32_t to = b.ring + slot * S::slot;
 #pragma unroll
@@ -165,15 +134,15 @@ __device__ __forceinline__ void LoadKeys(const Problem& p, const Block& b) {
         CopyAsync(to + SwizzledAt(S::keys, warp * kWarpRows + row, column),
                   reinterpret_cast<const bf16*>(address) + (column < p.dim ? column : 0), valid);
       }
-      asm volatile("cp.async.commit_group;" ::: "memory");
+      Commit();
       ++loads;
       if (announced + 1 < loads) {
-        WaitCopies<1>();
+        Await<1>();
         Announce(announced++);
       }
     }
   }
-  WaitCopies<0>();
+  Await<0>();
   Announce(announced);
 }
 
@@ -207,7 +176,7 @@ struct Rows {
     if (lane == 0) Arrive(b.empty + load % kSlots * 8);
   }
   __device__ void AwaitLoad(int load) const {
-    Await(b.full + load % kSlots * 8, load / kSlots % 2);
+    AwaitPhase(b.full + load % kSlots * 8, load / kSlots % 2);
   }
 
   __device__ void LoadQueries() const {
@@ -384,7 +353,7 @@ template <int kDim>
 __global__ void __launch_bounds__(kThreads, 1) Attend(const Problem p) {
 #if defined(LONGSPAN_HAS_WGMMA)
   extern __shared__ unsigned char dynamic[];
-  const Block b = Block::Of<kDim>(p, (SharedAddress(dynamic) + 1023) / 1024 * 1024);
+  const Block b = Block::Of<kDim>(p, (Shared(dynamic) + 1023) / 1024 * 1024);
   if (threadIdx.x == 0) {
     for (int slot = 0; slot < kSlots; ++slot) {
       InitBarrier(b.full + slot * 8, kGroupThreads / kWarp);
@@ -429,12 +398,7 @@ bool AttendsInWgmma(const BackendContext& context, const Problem& p) {
 void AttendWgmma(BackendContext& context, const Problem& p) {
   CHECK(reinterpret_cast<uintptr_t>(p.out) % 4 == 0 && p.out_row % 2 == 0 && p.out_head % 2 == 0)
       << "out is written in pairs";
-  const int32_t* begin = p.batch.HostRowBegin();
-  int tiles = 0;
-  for (int s = 0; s < p.batch.sequences; ++s) {
-    const int rows = begin[s + 1] - begin[s];
-    if (rows >= p.tile_rows) tiles += (rows * p.group + kRows - 1) / kRows;
-  }
+  const int tiles = CountTiles<kRows>(p);
   if (p.dim <= 64) {
     Launch<64>(context, p, tiles);
   } else if (p.dim <= 128) {

@@ -6,6 +6,7 @@
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/matmul.h"
 #include "kernels/cuda/numbers.cuh"
+#include "kernels/cuda/tensor_cores.cuh"
 
 namespace longspan::cuda {
 namespace {
@@ -46,15 +47,6 @@ __device__ __forceinline__ Fragment Halves(const float4 (&v)[2]) {
         Pack(a - __uint_as_float(f.high[i] << 16), b - __uint_as_float(f.high[i] & 0xffff0000u));
   }
   return f;
-}
-
-__device__ __forceinline__ void Multiply(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2,
-                                         uint32_t a3, uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%0,%1,%2,%3};"
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 // A product's sum over 16 elements is the same in whatever order both sides have them: here each
@@ -105,10 +97,10 @@ __global__ void __launch_bounds__(kWarps* kWarp) Skinny(const SkinnyArgs a) {
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) {
         const uint4 w0 = from[s][m][0], w1 = from[s][m][1];
-        Multiply(sum[m], w0.x, w1.x, w0.y, w1.y, f.high[0], f.high[1]);
-        Multiply(sum[m], w0.z, w1.z, w0.w, w1.w, f.high[2], f.high[3]);
-        Multiply(sum[m], w0.x, w1.x, w0.y, w1.y, f.low[0], f.low[1]);
-        Multiply(sum[m], w0.z, w1.z, w0.w, w1.w, f.low[2], f.low[3]);
+        Multiply<Bf16>(sum[m], {w0.x, w1.x, w0.y, w1.y}, f.high[0], f.high[1]);
+        Multiply<Bf16>(sum[m], {w0.z, w1.z, w0.w, w1.w}, f.high[2], f.high[3]);
+        Multiply<Bf16>(sum[m], {w0.x, w1.x, w0.y, w1.y}, f.low[0], f.low[1]);
+        Multiply<Bf16>(sum[m], {w0.z, w1.z, w0.w, w1.w}, f.low[2], f.low[3]);
       }
     }
   };

@@ -48,10 +48,13 @@ __device__ __forceinline__ void Multiply(float (&sum)[4], const uint32_t (&a)[4]
 }
 
 // 16 bytes from global to shared memory, or zeros.
+__device__ __forceinline__ void CopyAsync(uint32_t to, const void* from, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "r"(valid ? 16 : 0));
+}
 template <class T>
 __device__ __forceinline__ void CopyAsync(T* to, const T* from, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(Shared(to)), "l"(from),
-               "r"(valid ? 16 : 0));
+  CopyAsync(Shared(to), from, valid);
 }
 __device__ __forceinline__ void Commit() { asm volatile("cp.async.commit_group;"); }
 // Until all but the last kPending groups of this thread's copies are there.

@@ -24,10 +24,6 @@ __host__ __device__ constexpr int SwizzledAt(int rows, int row, int column) {  /
   return column / 64 * rows * 128 + row * 128 + ((column % 64 / 8) ^ (row % 8)) * 16;  // bytes
 }
 
-__device__ __forceinline__ uint32_t SharedAddress(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
 #if defined(LONGSPAN_HAS_WGMMA)
 
 // Descriptors of operands in swizzled shared memory (PTX ISA, "Matrix Descriptor Format"). Bits 0
@@ -148,7 +144,7 @@ __device__ __forceinline__ bool Passed(uint32_t barrier, int parity) {
       : "memory");
   return passed != 0;
 }
-__device__ __forceinline__ void Await(uint32_t barrier, int parity) {
+__device__ __forceinline__ void AwaitPhase(uint32_t barrier, int parity) {
   while (!Passed(barrier, parity)) {
   }
 }
