@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "kernels/backend.h"
-#include "tests/support/test_device.h"
+#include "tests/support/gpu_beside_cpu.h"
 #include "tests/support/travel.h"
 #include "tests/support/weights.h"
 
@@ -21,20 +21,7 @@ using testing::Travel;
 
 constexpr float kUntouched = 77;
 
-class CudaElementwise : public ::testing::Test {
- protected:
-  static void SetUpTestSuite() {
-    gpu_ = testing::OpenTestDevice(0, "cuda:0").release();
-    cpu_ = Backend::Cpu({}).release();
-  }
-  static void TearDownTestSuite() {
-    delete gpu_;
-    delete cpu_;
-  }
-  static Backend *gpu_, *cpu_;
-};
-Backend* CudaElementwise::gpu_ = nullptr;
-Backend* CudaElementwise::cpu_ = nullptr;
+class CudaElementwise : public testing::GpuBesideCpu {};
 
 // Rows of `dim` numbers in the middle of longer ones.
 struct Out {

@@ -12,7 +12,7 @@
 
 #include "kernels/backend.h"
 #include "kernels/convert.h"
-#include "tests/support/test_device.h"
+#include "tests/support/gpu_beside_cpu.h"
 #include "tests/support/travel.h"
 
 namespace longspan {
@@ -57,20 +57,7 @@ void ExpectNear(const std::vector<float>& got, const std::vector<float>& want, d
   }
 }
 
-class CudaFused : public ::testing::Test {
- protected:
-  static void SetUpTestSuite() {
-    gpu_ = testing::OpenTestDevice(0, "cuda:0").release();
-    cpu_ = Backend::Cpu({}).release();
-  }
-  static void TearDownTestSuite() {
-    delete gpu_;
-    delete cpu_;
-  }
-  static Backend *gpu_, *cpu_;
-};
-Backend* CudaFused::gpu_ = nullptr;
-Backend* CudaFused::cpu_ = nullptr;
+class CudaFused : public testing::GpuBesideCpu {};
 
 // Rows of `dim` numbers, `gap` apart from the next.
 struct NormCase {
