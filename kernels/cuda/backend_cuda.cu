@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "kernels/backend.h"
+#include "kernels/cuda/blocks.cuh"
 #include "kernels/cuda/check_cuda.h"
 #include "kernels/cuda/context.h"
 #include "kernels/cuda/matmul.h"
@@ -115,6 +116,31 @@ class CudaBackend : public Backend {
   }
 
   std::string Fault() const override { return context_->fault; }
+
+  int64_t WeightBytes(const View& matrix) const override {
+    return IsQuantised(matrix.dtype)
+               ? cuda::StripBytes(matrix.dtype, matrix.shape[0], matrix.shape[1])
+               : matrix.bytes();
+  }
+
+  View PlaceWeights(const View& matrix, std::byte* to) override {
+    if (!IsQuantised(matrix.dtype)) return Backend::PlaceWeights(matrix, to);
+    const int64_t rows = matrix.shape[0], row_bytes = BytesOf(matrix.dtype, matrix.shape[1]);
+    const int64_t most = static_cast<int64_t>(cuda::BackendContext::kWorkspaceBytes) / row_bytes /
+                         cuda::kStripRows * cuda::kStripRows;
+    CHECK_GT(most, 0) << "rows of " << matrix.shape[1];
+    View part = matrix;
+    for (int64_t row = 0; row < rows && context_->fault.empty(); row += most) {
+      part.shape[0] = std::min(most, rows - row);
+      part.data = context_->Workspace(part.bytes());
+      CopyIn(part.data, matrix.row(row), part.bytes());
+      cuda::PackStrips(*context_, part, to + row * row_bytes);
+    }
+    View placed = matrix;
+    placed.data = to;
+    placed.packed = true;
+    return placed;
+  }
 
   Roofline MeasureRoofline() override {
     Bind();

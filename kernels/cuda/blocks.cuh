@@ -1,11 +1,16 @@
 #pragma once
-// Weight blocks as GGUF stores them, on the device. The layouts are those of kernels/cpu/blocks.h.
+// Weight blocks of GGUF's types on the device. What a block's bytes mean is in
+// kernels/cpu/blocks.h; here they lie in strips (PackStrips): the blocks of kStripRows weight rows
+// at one place along the rows, byte next to byte as the lanes of a warp take them, then those at
+// the next place.
 //
-// Two ways to read them. Element(): any one element as F32. And pieces, for the dot products:
-// kParts lanes share a block; Load() gives one of them kWords words of four levels as signed bytes,
-// and for each run of kWords / kScales words a scale and a min, so that
-//   value = scale * level - min;
-// word w holds elements [At(part, w), At(part, w) + 4), and a run never leaves a group of 32.
+// Format::At(row, byte) tells where in 16 blocks a byte of one lies. Element() decodes one element.
+// LoadUnit() gives a warp what its product of bytes on the tensor cores takes: of a unit of kGroups
+// groups of 32 elements, kUnits units a block, lane l has two words of four levels as signed bytes
+// for each group and for the rows l / 4 and l / 4 + 8, and their scales and mins, so that
+//   value = scale * level - min.
+// The words of part p = l % 4 are elements [WordAt(p, w), WordAt(p, w) + 4) of group Group(unit, g)
+// of the block. Where a group has two scales, each is of 16 elements, and word w's.
 #include <cuda_fp16.h>
 
 #include <cstdint>
@@ -14,15 +19,21 @@
 
 namespace longspan::cuda {
 
-__device__ __forceinline__ float HalfAt(const uint8_t* p) {
-  return __half2float(__ushort_as_half(*reinterpret_cast<const uint16_t*>(p)));
+constexpr int kStripRows = 16;
+
+__device__ __forceinline__ float ToHalf(uint32_t bits) {
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
 }
 
-// Four bytes at an even address.
-__device__ __forceinline__ uint32_t WordAt(const uint8_t* p) {
-  const auto* half = reinterpret_cast<const uint16_t*>(p);
-  return __ldg(half) | static_cast<uint32_t>(__ldg(half + 1)) << 16;
-}
+// One block in its strip, byte by byte.
+template <class Format>
+struct Block {
+  const uint8_t* strip;  // of the 16 blocks
+  int row;
+  __device__ int operator[](int byte) const { return strip[Format::At(row, byte)]; }
+  __device__ int Signed(int byte) const { return static_cast<int8_t>((*this)[byte]); }
+  __device__ float Half(int byte) const { return ToHalf((*this)[byte] | (*this)[byte + 1] << 8); }
+};
 
 // Each byte of `levels`, below 128, minus the byte repeated in `offset`, at most 128.
 __device__ __forceinline__ int Minus(uint32_t levels, uint32_t offset) {
@@ -35,167 +46,269 @@ __device__ __forceinline__ uint32_t FifthBits(uint32_t bits) {
          (bits << 25 & 0x10000000u);
 }
 
-// Scale and min `group` of 8 in the 12 packed bytes of Q4_K and Q5_K.
-__device__ __forceinline__ void SixBitPair(const uint8_t* packed, int group, int* scale, int* min) {
-  if (group < 4) {
-    *scale = packed[group] & 63;
-    *min = packed[group + 4] & 63;
-  } else {
-    *scale = (packed[group + 4] & 15) | (packed[group - 4] >> 6) << 4;
-    *min = packed[group + 4] >> 4 | (packed[group] >> 6) << 4;
-  }
+template <int kGroupCount, int kScaleCount>
+struct UnitOf {
+  static constexpr int kGroups = kGroupCount, kScales = kScaleCount;
+  int words[kGroups][2];
+  float scale[kGroups][kScales];
+  float min[kGroups];  // 0 where the format has none
+};
+
+// Lanes' words of `kBytes` bytes side by side, the lower row's first: where byte `byte` of a row's
+// share lies.
+template <int kBytes>
+__host__ __device__ constexpr int Interleaved(int row, int part, int byte) {
+  return 2 * kBytes * (row % 8 * 4 + part) + kBytes * (row / 8) + byte;
 }
 
+// Where word `w` of part `part` begins in a group.
+template <class Format>
+__device__ __forceinline__ int WordAt(int part, int w) {
+  return Format::kAdjacent ? 8 * part + 4 * w : 4 * part + 16 * w;
+}
+
+// Scales of two rows, F16, that lie side by side.
+__device__ __forceinline__ float ScaleOf(const uint8_t* scales, int row) {
+  return ToHalf(__ldg(reinterpret_cast<const uint16_t*>(scales) + row));
+}
+
+// In a strip: scales; words.
 struct BlocksQ8_0 {
   static constexpr DType kType = DType::kQ8_0;
-  static constexpr int kElements = 32, kBytes = 34, kParts = 8, kWords = 1, kScales = 1;
-  static constexpr bool kMin = false;
-  static __device__ float Element(const uint8_t* block, int i) {
-    return HalfAt(block) * static_cast<int8_t>(block[2 + i]);
+  static constexpr int kElements = 32, kBytes = 34, kUnits = 1;
+  static constexpr bool kMin = false, kAdjacent = true;
+  using Unit = UnitOf<1, 1>;
+  static __device__ int At(int row, int byte) {
+    if (byte < 2) return 2 * row + byte;
+    return 32 + Interleaved<8>(row, (byte - 2) / 8, (byte - 2) % 8);
   }
-  static __device__ int At(int part, int) { return 4 * part; }
-  static __device__ void Load(const uint8_t* block, int part, int* words, float* scale, float*) {
-    words[0] = static_cast<int>(WordAt(block + 2 + 4 * part));
-    scale[0] = HalfAt(block);
+  static __device__ float Element(const Block<BlocksQ8_0>& block, int i) {
+    return block.Half(0) * block.Signed(2 + i);
+  }
+  static __device__ int Group(int, int) { return 0; }
+  static __device__ void LoadUnit(const uint8_t* strip, int, int lane, Unit* rows) {
+    const uint4 q = __ldg(reinterpret_cast<const uint4*>(strip + 32) + lane);
+    const uint32_t words[4] = {q.x, q.y, q.z, q.w};
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      rows[r].words[0][0] = static_cast<int>(words[2 * r]);
+      rows[r].words[0][1] = static_cast<int>(words[2 * r + 1]);
+      rows[r].scale[0][0] = ScaleOf(strip, lane / 4 + 8 * r);
+      rows[r].min[0] = 0;
+    }
   }
 };
 
+// In a strip: scales; words, whose low bits are elements 0 to 15 of a block.
 struct BlocksQ4_0 {
   static constexpr DType kType = DType::kQ4_0;
-  static constexpr int kElements = 32, kBytes = 18, kParts = 4, kWords = 2, kScales = 1;
-  static constexpr bool kMin = false;
-  static __device__ float Element(const uint8_t* block, int i) {
-    return HalfAt(block) * ((block[2 + i % 16] >> 4 * (i / 16) & 15) - 8);
+  static constexpr int kElements = 32, kBytes = 18, kUnits = 1;
+  static constexpr bool kMin = false, kAdjacent = false;
+  using Unit = UnitOf<1, 1>;
+  static __device__ int At(int row, int byte) {
+    if (byte < 2) return 2 * row + byte;
+    return 32 + Interleaved<4>(row, (byte - 2) / 4, (byte - 2) % 4);
   }
-  static __device__ int At(int part, int word) { return 4 * part + 16 * word; }
-  static __device__ void Load(const uint8_t* block, int part, int* words, float* scale, float*) {
-    const uint32_t q = WordAt(block + 2 + 4 * part);
-    words[0] = Minus(q & 0x0f0f0f0fu, 0x08080808u);
-    words[1] = Minus(q >> 4 & 0x0f0f0f0fu, 0x08080808u);
-    scale[0] = HalfAt(block);
+  static __device__ float Element(const Block<BlocksQ4_0>& block, int i) {
+    return block.Half(0) * ((block[2 + i % 16] >> 4 * (i / 16) & 15) - 8);
+  }
+  static __device__ int Group(int, int) { return 0; }
+  static __device__ void LoadUnit(const uint8_t* strip, int, int lane, Unit* rows) {
+    const uint2 q = __ldg(reinterpret_cast<const uint2*>(strip + 32) + lane);
+    const uint32_t words[2] = {q.x, q.y};
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      rows[r].words[0][0] = Minus(words[r] & 0x0f0f0f0fu, 0x08080808u);
+      rows[r].words[0][1] = Minus(words[r] >> 4 & 0x0f0f0f0fu, 0x08080808u);
+      rows[r].scale[0][0] = ScaleOf(strip, lane / 4 + 8 * r);
+      rows[r].min[0] = 0;
+    }
   }
 };
 
+// In a strip: scales; fifth bits, a word for each row; words as of Q4_0.
 struct BlocksQ5_0 {
   static constexpr DType kType = DType::kQ5_0;
-  static constexpr int kElements = 32, kBytes = 22, kParts = 4, kWords = 2, kScales = 1;
-  static constexpr bool kMin = false;
-  static __device__ float Element(const uint8_t* block, int i) {
-    const int high = block[2 + i / 8] >> i % 8 & 1;
-    return HalfAt(block) * (((block[6 + i % 16] >> 4 * (i / 16) & 15) | high << 4) - 16);
+  static constexpr int kElements = 32, kBytes = 22, kUnits = 1;
+  static constexpr bool kMin = false, kAdjacent = false;
+  using Unit = UnitOf<1, 1>;
+  static __device__ int At(int row, int byte) {
+    if (byte < 2) return 2 * row + byte;
+    if (byte < 6) return 32 + 4 * row + byte - 2;
+    return 96 + Interleaved<4>(row, (byte - 6) / 4, (byte - 6) % 4);
   }
-  static __device__ int At(int part, int word) { return 4 * part + 16 * word; }
-  static __device__ void Load(const uint8_t* block, int part, int* words, float* scale, float*) {
-    const uint32_t q = WordAt(block + 6 + 4 * part);
-    const uint32_t high = WordAt(block + 2) >> 4 * part;
-    words[0] = Minus((q & 0x0f0f0f0fu) | FifthBits(high & 15), 0x10101010u);
-    words[1] = Minus((q >> 4 & 0x0f0f0f0fu) | FifthBits(high >> 16 & 15), 0x10101010u);
-    scale[0] = HalfAt(block);
+  static __device__ float Element(const Block<BlocksQ5_0>& block, int i) {
+    const int high = block[2 + i / 8] >> i % 8 & 1;
+    return block.Half(0) * (((block[6 + i % 16] >> 4 * (i / 16) & 15) | high << 4) - 16);
+  }
+  static __device__ int Group(int, int) { return 0; }
+  static __device__ void LoadUnit(const uint8_t* strip, int, int lane, Unit* rows) {
+    const uint2 q = __ldg(reinterpret_cast<const uint2*>(strip + 96) + lane);
+    const uint32_t words[2] = {q.x, q.y};
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = lane / 4 + 8 * r;
+      const uint32_t high =
+          __ldg(reinterpret_cast<const uint32_t*>(strip + 32) + row) >> 4 * (lane % 4);
+      rows[r].words[0][0] = Minus((words[r] & 0x0f0f0f0fu) | FifthBits(high & 15), 0x10101010u);
+      rows[r].words[0][1] =
+          Minus((words[r] >> 4 & 0x0f0f0f0fu) | FifthBits(high >> 16 & 15), 0x10101010u);
+      rows[r].scale[0][0] = ScaleOf(strip, row);
+      rows[r].min[0] = 0;
+    }
   }
 };
 
-// Of each 64 elements, 32 bytes hold the first 32 (low) and the last 32 (high): a part's 16 bytes
-// are 16 elements of one group and 16 of the next.
+// The 16 bytes that Q4_K and Q5_K begin with: two F16, then eight scales and mins of 6 bits.
+struct Header {
+  uint4 bytes;
+  // Both groups' of a unit: their bits lie in one byte each, or in two halves.
+  template <class Unit>
+  __device__ __forceinline__ void Scales(int unit, Unit* row) const {
+    const int shift = unit % 2 * 16;
+    const uint32_t a = bytes.y >> shift, b = bytes.z >> shift, c = bytes.w >> shift;
+    const uint32_t scales = unit < 2 ? a & 0x3f3fu : (c & 0x0f0fu) | (a & 0xc0c0u) >> 2;
+    const uint32_t mins = unit < 2 ? b & 0x3f3fu : (c >> 4 & 0x0f0fu) | (b & 0xc0c0u) >> 2;
+    const float d = ToHalf(bytes.x & 0xffff), dmin = ToHalf(bytes.x >> 16);
+#pragma unroll
+    for (int g = 0; g < 2; ++g) {
+      row->scale[g][0] = d * static_cast<float>(scales >> 8 * g & 255);
+      row->min[g] = dmin * static_cast<float>(mins >> 8 * g & 255);
+    }
+  }
+  // Scale and min `group` of 8.
+  template <class Format>
+  static __device__ void Pair(const Block<Format>& block, int group, int* scale, int* min) {
+    if (group < 4) {
+      *scale = block[4 + group] & 63;
+      *min = block[8 + group] & 63;
+    } else {
+      *scale = (block[8 + group] & 15) | (block[group] >> 6) << 4;
+      *min = block[8 + group] >> 4 | (block[4 + group] >> 6) << 4;
+    }
+  }
+};
+
+// Of each 64 elements, a unit, 32 bytes hold the first 32 (low) and the last 32 (high). In a strip:
+// headers; units' words.
 struct BlocksQ4_K {
   static constexpr DType kType = DType::kQ4_K;
-  static constexpr int kElements = 256, kBytes = 144, kParts = 8, kWords = 8, kScales = 2;
-  static constexpr bool kMin = true;
-  static __device__ float Element(const uint8_t* block, int i) {
+  static constexpr int kElements = 256, kBytes = 144, kUnits = 4;
+  static constexpr bool kMin = true, kAdjacent = true;
+  using Unit = UnitOf<2, 1>;
+  static __device__ int At(int row, int byte) {
+    if (byte < 16) return 16 * row + byte;
+    const int unit = (byte - 16) / 32, in_unit = (byte - 16) % 32;
+    return 256 + 512 * unit + Interleaved<8>(row, in_unit / 8, in_unit % 8);
+  }
+  static __device__ float Element(const Block<BlocksQ4_K>& block, int i) {
     int scale, min;
-    SixBitPair(block + 4, i / 32, &scale, &min);
+    Header::Pair(block, i / 32, &scale, &min);
     const int q = block[16 + i / 64 * 32 + i % 32] >> 4 * (i / 32 % 2) & 15;
-    return HalfAt(block) * scale * q - HalfAt(block + 2) * min;
+    return block.Half(0) * scale * q - block.Half(2) * min;
   }
-  static __device__ int At(int part, int word) {
-    return 64 * (part / 2) + 16 * (part % 2) + 32 * (word / 4) + 4 * (word % 4);
-  }
-  static __device__ void Scales(const uint8_t* block, int part, float* scale, float* min) {
-    const float d = HalfAt(block), dmin = HalfAt(block + 2);
+  static __device__ int Group(int unit, int g) { return 2 * unit + g; }
+  static __device__ void LoadUnit(const uint8_t* strip, int unit, int lane, Unit* rows) {
+    const uint4 q = __ldg(reinterpret_cast<const uint4*>(strip + 256 + 512 * unit) + lane);
+    const uint32_t words[4] = {q.x, q.y, q.z, q.w};
+#pragma unroll
     for (int r = 0; r < 2; ++r) {
-      int s, m;
-      SixBitPair(block + 4, part / 2 * 2 + r, &s, &m);
-      scale[r] = d * s;
-      min[r] = dmin * m;
+#pragma unroll
+      for (int w = 0; w < 2; ++w) {
+        rows[r].words[0][w] = static_cast<int>(words[2 * r + w] & 0x0f0f0f0fu);
+        rows[r].words[1][w] = static_cast<int>(words[2 * r + w] >> 4 & 0x0f0f0f0fu);
+      }
+      const Header header = {__ldg(reinterpret_cast<const uint4*>(strip) + lane / 4 + 8 * r)};
+      header.Scales(unit, &rows[r]);
     }
-  }
-  static __device__ void Load(const uint8_t* block, int part, int* words, float* scale,
-                              float* min) {
-    const uint4 q = __ldg(reinterpret_cast<const uint4*>(block + 16) + part);
-    const uint32_t bytes[4] = {q.x, q.y, q.z, q.w};
-    for (int w = 0; w < 4; ++w) {
-      words[w] = static_cast<int>(bytes[w] & 0x0f0f0f0fu);
-      words[w + 4] = static_cast<int>(bytes[w] >> 4 & 0x0f0f0f0fu);
-    }
-    Scales(block, part, scale, min);
   }
 };
 
-// Q4_K with a fifth bit: bit g of high[i] belongs to element i of group g.
+// Q4_K with a fifth bit: bit g of high[i] belongs to element i of group g. In a strip: headers;
+// fifth bits as words; units' words.
 struct BlocksQ5_K {
   static constexpr DType kType = DType::kQ5_K;
-  static constexpr int kElements = 256, kBytes = 176, kParts = 8, kWords = 8, kScales = 2;
-  static constexpr bool kMin = true;
-  static __device__ float Element(const uint8_t* block, int i) {
+  static constexpr int kElements = 256, kBytes = 176, kUnits = 4;
+  static constexpr bool kMin = true, kAdjacent = true;
+  using Unit = UnitOf<2, 1>;
+  static __device__ int At(int row, int byte) {
+    if (byte < 16) return 16 * row + byte;
+    const int run = (byte - 16) / 32, in_run = (byte - 16) % 32;  // the fifth bits, then units
+    return 256 + 512 * run + Interleaved<8>(row, in_run / 8, in_run % 8);
+  }
+  static __device__ float Element(const Block<BlocksQ5_K>& block, int i) {
     int scale, min;
-    SixBitPair(block + 4, i / 32, &scale, &min);
+    Header::Pair(block, i / 32, &scale, &min);
     const int q = (block[48 + i / 64 * 32 + i % 32] >> 4 * (i / 32 % 2) & 15) |
                   (block[16 + i % 32] >> i / 32 & 1) << 4;
-    return HalfAt(block) * scale * q - HalfAt(block + 2) * min;
+    return block.Half(0) * scale * q - block.Half(2) * min;
   }
-  static __device__ int At(int part, int word) { return BlocksQ4_K::At(part, word); }
-  static __device__ void Load(const uint8_t* block, int part, int* words, float* scale,
-                              float* min) {
-    const uint4 q = __ldg(reinterpret_cast<const uint4*>(block + 48) + part);
-    const uint4 h = __ldg(reinterpret_cast<const uint4*>(block + 16) + part % 2);
-    const uint32_t bytes[4] = {q.x, q.y, q.z, q.w};
-    const uint32_t high[4] = {h.x, h.y, h.z, h.w};
-    const int group = part / 2 * 2;
-    for (int w = 0; w < 4; ++w) {
-      const uint32_t bits = high[w] >> group;
-      words[w] = static_cast<int>((bytes[w] & 0x0f0f0f0fu) | (bits & 0x01010101u) << 4);
-      words[w + 4] = static_cast<int>((bytes[w] >> 4 & 0x0f0f0f0fu) | (bits & 0x02020202u) << 3);
+  static __device__ int Group(int unit, int g) { return 2 * unit + g; }
+  static __device__ void LoadUnit(const uint8_t* strip, int unit, int lane, Unit* rows) {
+    const uint4 h = __ldg(reinterpret_cast<const uint4*>(strip + 256) + lane);
+    const uint4 q = __ldg(reinterpret_cast<const uint4*>(strip + 768 + 512 * unit) + lane);
+    const uint32_t words[4] = {q.x, q.y, q.z, q.w}, high[4] = {h.x, h.y, h.z, h.w};
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+      for (int w = 0; w < 2; ++w) {
+        const uint32_t four = words[2 * r + w], fifth = high[2 * r + w] >> 2 * unit;
+        rows[r].words[0][w] = static_cast<int>((four & 0x0f0f0f0fu) | (fifth & 0x01010101u) << 4);
+        rows[r].words[1][w] =
+            static_cast<int>((four >> 4 & 0x0f0f0f0fu) | (fifth & 0x02020202u) << 3);
+      }
+      const Header header = {__ldg(reinterpret_cast<const uint4*>(strip) + lane / 4 + 8 * r)};
+      header.Scales(unit, &rows[r]);
     }
-    BlocksQ4_K::Scales(block, part, scale, min);
   }
 };
 
-// Each half of 128 elements is four runs of 32: see BlockQ6_K. A part holds 4 elements of each run
-// of one half.
+// Each half of 128 elements is four runs of 32: see BlockQ6_K. A unit is two of them, whose low
+// bits share bytes. In a strip: scales of blocks; scales of 16 elements; halves' high bits; units'
+// low bits.
 struct BlocksQ6_K {
   static constexpr DType kType = DType::kQ6_K;
-  static constexpr int kElements = 256, kBytes = 210, kParts = 16, kWords = 4, kScales = 4;
-  static constexpr bool kMin = false;
-  static __device__ float Element(const uint8_t* block, int i) {
+  static constexpr int kElements = 256, kBytes = 210, kUnits = 4;
+  static constexpr bool kMin = false, kAdjacent = false;
+  static constexpr int kLow = 0, kHigh = 128, kScales = 192, kScale = 208;  // of a block
+  using Unit = UnitOf<2, 2>;
+  static __device__ int At(int row, int byte) {
+    if (byte >= kScale) return 2 * row + byte - kScale;
+    if (byte >= kScales) return 32 + 16 * row + byte - kScales;
+    const int in_run = byte % 32, word = in_run / 16, part = in_run % 16 / 4;
+    const int at = Interleaved<8>(row, part, 4 * word + in_run % 4);
+    return byte >= kHigh ? 288 + 512 * ((byte - kHigh) / 32) + at : 1312 + 512 * (byte / 32) + at;
+  }
+  static __device__ float Element(const Block<BlocksQ6_K>& block, int i) {
     const int half = i / 128, run = i / 32 % 4, lane = i % 32;
     const int low = block[64 * half + 32 * (run % 2) + lane] >> 4 * (run / 2) & 15;
-    const int high = block[128 + 32 * half + lane] >> 2 * run & 3;
-    return HalfAt(block + 208) * static_cast<int8_t>(block[192 + i / 16]) *
-           ((low | high << 4) - 32);
+    const int high = block[kHigh + 32 * half + lane] >> 2 * run & 3;
+    return block.Half(kScale) * block.Signed(kScales + i / 16) * ((low | high << 4) - 32);
   }
-  static __device__ int At(int part, int word) {
-    return 128 * (part / 8) + 32 * word + 4 * (part % 8);
-  }
-  static __device__ void Load(const uint8_t* block, int part, int* words, float* scale, float*) {
-    const int half = part / 8, at = 4 * (part % 8);
-    const uint32_t low0 = WordAt(block + 64 * half + at);
-    const uint32_t low1 = WordAt(block + 64 * half + 32 + at);
-    const uint32_t high = WordAt(block + 128 + 32 * half + at);
-    const float d = HalfAt(block + 208);
-    for (int run = 0; run < 4; ++run) {
-      const uint32_t low = (run % 2 == 0 ? low0 : low1) >> 4 * (run / 2) & 0x0f0f0f0fu;
-      words[run] = Minus(low | (high >> 2 * run & 0x03030303u) << 4, 0x20202020u);
-      scale[run] = d * static_cast<int8_t>(block[192 + 8 * half + 2 * run + at / 16]);
+  static __device__ int Group(int unit, int g) { return unit / 2 * 4 + unit % 2 + 2 * g; }
+  static __device__ void LoadUnit(const uint8_t* strip, int unit, int lane, Unit* rows) {
+    const uint4 h = __ldg(reinterpret_cast<const uint4*>(strip + 288 + 512 * (unit / 2)) + lane);
+    const uint4 q = __ldg(reinterpret_cast<const uint4*>(strip + 1312 + 512 * unit) + lane);
+    const uint32_t low[4] = {q.x, q.y, q.z, q.w}, high[4] = {h.x, h.y, h.z, h.w};
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+      for (int w = 0; w < 2; ++w) {
+        const uint32_t four = low[2 * r + w], two = high[2 * r + w] >> unit % 2 * 2;
+        rows[r].words[0][w] = Minus((four & 0x0f0f0f0fu) | (two & 0x03030303u) << 4, 0x20202020u);
+        rows[r].words[1][w] = Minus((four >> 4 & 0x0f0f0f0fu) | (two & 0x30303030u), 0x20202020u);
+      }
+      const int row = lane / 4 + 8 * r;
+      const float d = ScaleOf(strip, row);
+#pragma unroll
+      for (int g = 0; g < 2; ++g) {
+        const uint32_t pair =
+            __ldg(reinterpret_cast<const uint16_t*>(strip + 32 + 16 * row) + Group(unit, g));
+        rows[r].scale[g][0] = d * static_cast<float>(static_cast<int8_t>(pair & 255));
+        rows[r].scale[g][1] = d * static_cast<float>(static_cast<int8_t>(pair >> 8));
+        rows[r].min[g] = 0;
+      }
     }
-  }
-};
-
-// Plain types in the form that Element() has.
-template <class T, DType kPlain>
-struct Plain {
-  static constexpr DType kType = kPlain;
-  static constexpr int kElements = 1, kBytes = sizeof(T);
-  static __device__ float Element(const uint8_t* block, int) {
-    return static_cast<float>(*reinterpret_cast<const T*>(block));
   }
 };
 

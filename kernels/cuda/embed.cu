@@ -9,26 +9,48 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// A token beyond the vocabulary is a mistake of ours: the trap becomes the device's fault.
+template <class T>
+struct PlainTable {
+  const T* rows;
+  int64_t stride;
+  __device__ float At(int64_t row, int64_t i) const { return ToFloat(rows[row * stride + i]); }
+};
+
 template <class B>
-__global__ void EmbedRows(const uint8_t* table, int64_t row_bytes, int64_t vocab,
-                          const int32_t* tokens, float* out, int64_t out_stride, int64_t dim,
-                          float scale) {
+struct StripTable {
+  const uint8_t* strips;
+  int64_t blocks;  // of a row
+  __device__ float At(int64_t row, int64_t i) const {
+    const int64_t place = row / kStripRows * blocks + i / B::kElements;
+    const Block<B> block = {strips + place * kStripRows * B::kBytes,
+                            static_cast<int>(row % kStripRows)};
+    return B::Element(block, static_cast<int>(i % B::kElements));
+  }
+};
+
+// A token beyond the vocabulary is a mistake of ours: the trap becomes the device's fault.
+template <class Table>
+__global__ void EmbedRows(const Table table, int64_t vocab, const int32_t* tokens, float* out,
+                          int64_t out_stride, int64_t dim, float scale) {
   const int64_t d = blockIdx.x * int64_t{kThreads} + threadIdx.x;
   const int64_t token = tokens[blockIdx.y];
   if (token < 0 || token >= vocab) __trap();
   if (d >= dim) return;
-  const uint8_t* block = table + token * row_bytes + d / B::kElements * B::kBytes;
-  out[blockIdx.y * out_stride + d] = B::Element(block, static_cast<int>(d % B::kElements)) * scale;
+  out[blockIdx.y * out_stride + d] = table.At(token, d) * scale;
 }
 
-template <class B>
-void Launch(BackendContext& context, const EmbedArgs& a) {
+template <class Table>
+void Launch(BackendContext& context, const EmbedArgs& a, const Table& table) {
   const int64_t dim = a.table.shape[1];
   const dim3 grid(Blocks(dim, kThreads), static_cast<unsigned>(a.tokens.shape[0]));
-  EmbedRows<B><<<grid, kThreads, 0, context.stream>>>(
-      a.table.as<const uint8_t>(), BytesOf(a.table.dtype, a.table.stride[0]), a.table.shape[0],
-      a.tokens.as<int32_t>(), a.out.as<float>(), a.out.stride[0], dim, a.scale);
+  EmbedRows<<<grid, kThreads, 0, context.stream>>>(table, a.table.shape[0], a.tokens.as<int32_t>(),
+                                                   a.out.as<float>(), a.out.stride[0], dim,
+                                                   a.scale);
+}
+
+template <class T>
+void LaunchPlain(BackendContext& context, const EmbedArgs& a) {
+  Launch(context, a, PlainTable<T>{a.table.as<const T>(), a.table.stride[0]});
 }
 
 }  // namespace
@@ -39,14 +61,19 @@ void Embed(BackendContext& context, const EmbedArgs& a) {
   CHECK_EQ(a.out.shape[1], a.table.shape[1]);
   if (a.out.elements() == 0) return;
   const DType type = a.table.dtype;
+  const int64_t dim = a.table.shape[1];
   if (type == DType::kF32) {
-    Launch<Plain<float, DType::kF32>>(context, a);
+    LaunchPlain<float>(context, a);
   } else if (type == DType::kF16) {
-    Launch<Plain<__half, DType::kF16>>(context, a);
+    LaunchPlain<__half>(context, a);
   } else if (type == DType::kBF16) {
-    Launch<Plain<__nv_bfloat16, DType::kBF16>>(context, a);
+    LaunchPlain<__nv_bfloat16>(context, a);
   } else {
-    CHECK(VisitBlocks(type, [&](auto b) { Launch<decltype(b)>(context, a); })) << Info(type).name;
+    CHECK(a.table.packed);
+    CHECK(VisitBlocks(type, [&](auto format) {
+      using B = decltype(format);
+      Launch(context, a, StripTable<B>{a.table.as<const uint8_t>(), dim / B::kElements});
+    })) << Info(type).name;
   }
   CheckLaunch(context, "Embed");
 }

@@ -48,6 +48,7 @@ int Products(const MatMulArgs& a, Product (&products)[3]) {
   int64_t column = 0;
   for (int i = 0; i < count; ++i) {
     CHECK_EQ(parts[i].shape[1], a.x.shape[1]);
+    CHECK_EQ(parts[i].packed, IsQuantised(parts[i].dtype)) << "blocks are multiplied in strips";
     products[i] = {a.x, parts[i], a.out.Columns(column, parts[i].shape[0])};
     column += products[i].columns();
   }
@@ -85,8 +86,7 @@ void MatMul(BackendContext& context, const MatMulArgs& a) {
   CHECK_EQ(a.x.shape[0], a.out.shape[0]);
   const int64_t rows = a.x.shape[0], in = a.x.shape[1];
   if (rows == 0) return;
-  const auto most =
-      static_cast<int64_t>(BackendContext::kWorkspaceBytes / QuantisedRows::Bytes(1, in));
+  const int64_t most = QuantisedRows::MostRows(BackendContext::kWorkspaceBytes, in);
   if (rows > most) {
     for (int64_t begin = 0; begin < rows; begin += most) {
       MatMul(context, RowsOf(a, begin, std::min(most, rows - begin)));

@@ -15,17 +15,32 @@ struct Product {
   int64_t columns() const { return weight.shape[0]; }
 };
 
-// x as int8 per 32 elements with one F32 scale, the form in which block weights are multiplied by
-// few rows: the products of a group are then exact, as on the CPU.
+// x as int8 per group of 32 elements with one F32 scale, the form in which block weights are
+// multiplied by few rows: the products of a group are then exact, as on the CPU.
+constexpr int kQuantisedGroup = 32;
 struct QuantisedRows {
-  int8_t* q;     // [rows, in]
-  float* scale;  // [rows, in / 32]
-  static size_t Bytes(int64_t rows, int64_t in) { return rows * in + rows * (in / 32) * 4; }
+  int8_t* q;       // [rows, in]
+  float2* groups;  // [in / 32, stride]: of each row's group its scale, and the sum of its int8
+  int64_t stride;  // rows in whole eights; what lies beyond `rows` is undefined
+
   static QuantisedRows At(void* memory, int64_t rows, int64_t in) {
     auto* q = static_cast<int8_t*>(memory);
-    return {q, reinterpret_cast<float*>(q + rows * in)};
+    return {q, reinterpret_cast<float2*>(q + rows * in), (rows + 7) / 8 * 8};
+  }
+  static size_t Bytes(int64_t rows, int64_t in) {
+    return rows * in + in / kQuantisedGroup * ((rows + 7) / 8 * 8) * sizeof(float2);
+  }
+  static int64_t MostRows(size_t bytes, int64_t in) {
+    return static_cast<int64_t>(bytes) / (in + in / kQuantisedGroup * int64_t{sizeof(float2)}) / 8 *
+           8;
   }
 };
+
+// Block weights lie in strips of 16 rows, in whole ones (blocks.cuh): what they take, how they are
+// made of a file's rows in device memory, and what bf16 they stand for, packed rows of it.
+int64_t StripBytes(DType type, int64_t rows, int64_t in);
+void PackStrips(BackendContext& context, const View& rows, void* strips);
+void UnpackStrips(BackendContext& context, const View& weight, void* out);
 
 // Two to kSkinnyRows rows of bf16 weights in whole vectors: each weight is read once. A row's
 // result does not depend on how many rows there are.
@@ -34,7 +49,9 @@ bool IsSkinny(const Product& product);
 void MultiplySkinny(BackendContext& context, const Product& product);
 // Few rows: each weight is read once, by vector loads, and multiplied in fp32.
 void MultiplyFloats(BackendContext& context, const Product& product);
-// Few rows of block weights, straight from the blocks.
+// Up to some tens of rows of block weights, straight from their strips: each block is read once for
+// 32 rows. A row's result does not depend on how many rows there are beside it, if any; on a
+// deterministic backend neither on whether.
 void QuantiseRows(BackendContext& context, const View& x, const QuantisedRows& rows);
 void MultiplyBlocks(BackendContext& context, const Product& product, const QuantisedRows& rows);
 // Many rows, on the tensor cores, both sides in one type: the weight's; for blocks BF16, since

@@ -1,107 +1,262 @@
-// Few rows times block weights, straight from the blocks: kParts lanes share a block, a warp
-// multiplies one weight row by up to kRows rows of x with byte dot products. Sums are written as
-// fmaf, so that they round alike for every kRows.
+// Few rows times block weights, straight from their strips: one row by byte dot products, several
+// on the tensor cores. Products of bytes sum exactly over what shares a scale; the rest is fp32, in
+// one order for any several rows.
 #include "kernels/cuda/blocks.cuh"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/matmul.h"
 #include "kernels/cuda/numbers.cuh"
+#include "kernels/cuda/tensor_cores.cuh"
 
 namespace longspan::cuda {
 namespace {
 
-constexpr int kWarpsPerBlock = 4;
-constexpr int kGroup = 32;                     // elements of x that share a scale
+constexpr int kQuantiseWarps = 4;              // of a block
 constexpr float kSmallestActivation = 1e-30f;  // below: 127 / largest is not finite
+constexpr int kWarps = 8;                      // of a block that multiplies
 
 // A warp for each group of 32.
 __global__ void Quantise(const float* x, int64_t stride, int in, int64_t groups,
                          QuantisedRows out) {
-  const int64_t group = blockIdx.x * int64_t{kWarpsPerBlock} + threadIdx.x / kWarp;
+  LetNextBegin();
+  const int64_t group = blockIdx.x * int64_t{kQuantiseWarps} + threadIdx.x / kWarp;
   if (group >= groups) return;
   const int lane = threadIdx.x % kWarp;
-  const int64_t per_row = in / kGroup;
-  const float value = x[group / per_row * stride + group % per_row * kGroup + lane];
+  const int64_t per_row = in / kQuantisedGroup, row = group / per_row;
+  const float value = x[row * stride + group % per_row * kQuantisedGroup + lane];
   // Compared as bits, so that a NaN or an infinity is the largest and reaches the scale.
   const unsigned magnitude = __reduce_max_sync(0xffffffffu, __float_as_uint(fabsf(value)));
   const float largest = __uint_as_float(magnitude);
   const bool zero = largest < kSmallestActivation;
-  const float scaled = zero ? 0.0f : value * (127.0f / largest);
-  out.q[group * kGroup + lane] = static_cast<int8_t>(__float2int_rn(scaled));
-  if (lane == 0) out.scale[group] = zero ? 0.0f : largest / 127.0f;
+  const int level = __float2int_rn(zero ? 0.0f : value * (127.0f / largest));
+  out.q[group * kQuantisedGroup + lane] = static_cast<int8_t>(level);
+  const int total = __reduce_add_sync(0xffffffffu, level);
+  if (lane == 0) {
+    out.groups[group % per_row * out.stride + row] =
+        make_float2(zero ? 0.0f : largest / 127.0f, static_cast<float>(total));
+  }
+}
+
+// The bytes of a group that word 0 and word 1 of a lane's share meet.
+template <class B>
+__device__ __forceinline__ int2 PartOfGroup(const int8_t* group, int part) {
+  if constexpr (B::kAdjacent) return *reinterpret_cast<const int2*>(group + WordAt<B>(part, 0));
+  return make_int2(*reinterpret_cast<const int*>(group + WordAt<B>(part, 0)),
+                   *reinterpret_cast<const int*>(group + WordAt<B>(part, 1)));
 }
 
 struct BlockArgs {
-  const uint8_t* weights;
-  int64_t weight_bytes;  // of a row
+  const uint8_t* strips;
   QuantisedRows x;
   float* out;
   int64_t out_stride;
   int rows, in, columns;
 };
 
-template <class B, int kRows>
-__global__ void __launch_bounds__(kWarpsPerBlock* kWarp) DotBlocks(BlockArgs a) {
-  const int lane = threadIdx.x % kWarp;
-  const int column = blockIdx.x * kWarpsPerBlock + threadIdx.x / kWarp;
-  if (column >= a.columns) return;
-  const int row0 = blockIdx.y * kRows;
-  const uint8_t* weights = a.weights + column * a.weight_bytes;
-  const int part = lane % B::kParts;
-  const int blocks = a.in / B::kElements;
-  constexpr int kBlocksAtOnce = kWarp / B::kParts;
-  constexpr int kRun = B::kWords / B::kScales;
-  float sum[kRows] = {};
-
-#pragma unroll 2
-  for (int b = lane / B::kParts; b < blocks; b += kBlocksAtOnce) {
-    int words[B::kWords];
-    float scale[B::kScales], min[B::kScales];
-    B::Load(weights + int64_t{b} * B::kBytes, part, words, scale, min);
+// One row, by byte dot products: a block of threads multiplies a strip, each of its warps every
+// kWarps-th unit.
+template <class B>
+__global__ void __launch_bounds__(kWarps* kWarp) DotRow(BlockArgs a) {
+  using Unit = typename B::Unit;
+  constexpr int kAhead = 8 / Unit::kGroups;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, part = lane % 4;
+  const int64_t blocks = a.in / B::kElements;
+  const uint8_t* strip = a.strips + blockIdx.x * blocks * (kStripRows * B::kBytes);
+  const int units = static_cast<int>(blocks) * B::kUnits;
+  Unit w[kAhead][2];
+  const auto Load = [&](int first) {
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const int64_t row = ::min(row0 + r, a.rows - 1);
-      const int8_t* q = a.x.q + row * a.in + b * B::kElements;
-      const float* x_scale = a.x.scale + (row * a.in + b * B::kElements) / kGroup;
+    for (int s = 0; s < kAhead; ++s) {
+      const int u = first + s * kWarps;
+      if (u >= units) break;
+      B::LoadUnit(strip + int64_t{u / B::kUnits} * (kStripRows * B::kBytes), u % B::kUnits, lane,
+                  w[s]);
+    }
+  };
+  float sum[2] = {};
+  const auto Use = [&](int first) {
 #pragma unroll
-      for (int s = 0; s < B::kScales; ++s) {
-        int dot = 0, total = 0;
+    for (int s = 0; s < kAhead; ++s) {
+      const int u = first + s * kWarps;
+      if (u >= units) break;
 #pragma unroll
-        for (int w = s * kRun; w < (s + 1) * kRun; ++w) {
-          const int x = *reinterpret_cast<const int*>(q + B::At(part, w));
-          dot = __dp4a(words[w], x, dot);
-          if constexpr (B::kMin) total = __dp4a(0x01010101, x, total);
+      for (int g = 0; g < Unit::kGroups; ++g) {
+        const int64_t group =
+            u / B::kUnits * (B::kElements / kQuantisedGroup) + B::Group(u % B::kUnits, g);
+        const int2 x = PartOfGroup<B>(a.x.q + group * kQuantisedGroup, part);
+        const float2 of_x = a.x.groups[group * a.x.stride];  // scale, total
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const Unit& row = w[s][r];
+          const int low = __dp4a(row.words[g][0], x.x, 0);
+          float value;
+          if constexpr (Unit::kScales == 1) {
+            value = row.scale[g][0] * static_cast<float>(__dp4a(row.words[g][1], x.y, low));
+          } else {
+            value = row.scale[g][0] * static_cast<float>(low) +
+                    row.scale[g][1] * static_cast<float>(__dp4a(row.words[g][1], x.y, 0));
+          }
+          // A part has a quarter of the total's product.
+          if constexpr (B::kMin) value = fmaf(row.min[g], -0.25f * of_x.y, value);
+          sum[r] = fmaf(of_x.x, value, sum[r]);
         }
-        float value = scale[s] * static_cast<float>(dot);
-        if constexpr (B::kMin) value = fmaf(-min[s], static_cast<float>(total), value);
-        sum[r] = fmaf(x_scale[B::At(part, s * kRun) / kGroup], value, sum[r]);
+      }
+    }
+  };
+  Load(warp);
+  AwaitEarlier();
+  for (int u = warp; u < units; u += kAhead * kWarps) {
+    Use(u);
+    Load(u + kAhead * kWarps);
+  }
+
+  __shared__ float sums[kWarps][kStripRows];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    sum[r] += __shfl_xor_sync(~0u, sum[r], 1);
+    sum[r] += __shfl_xor_sync(~0u, sum[r], 2);
+    if (part == 0) sums[warp][8 * r + lane / 4] = sum[r];
+  }
+  __syncthreads();
+  const int column = blockIdx.x * kStripRows + threadIdx.x;
+  if (threadIdx.x >= kStripRows || column >= a.columns) return;
+  float all = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) all += sums[w][threadIdx.x];
+  a.out[column] = all;
+}
+
+// A block of threads multiplies kTall strips by up to 8 · kTiles rows of x, each of its warps every
+// kWarps-th unit.
+template <class B, int kTiles, int kTall>
+__global__ void __launch_bounds__(kWarps* kWarp) DotBlocks(BlockArgs a) {
+  using Unit = typename B::Unit;
+  // Units whose loads are under way.
+  constexpr int kAhead = (kTiles == 1 ? 8 : kTiles == 2 ? 4 : 2) / Unit::kGroups;
+  constexpr int kRows = 8 * kTiles, kColumns = kStripRows * kTall;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int quad = lane / 4, part = lane % 4;  // a row of each 8, the share of its units
+  const int column0 = blockIdx.x * kColumns, row0 = blockIdx.y * kRows;
+  const int64_t blocks = a.in / B::kElements;
+  const uint8_t* strips[kTall];
+#pragma unroll
+  for (int m = 0; m < kTall; ++m) {  // beyond the end the last strip again
+    const int strip = min(column0 / kStripRows + m, (a.columns - 1) / kStripRows);
+    strips[m] = a.strips + strip * blocks * (kStripRows * B::kBytes);
+  }
+  const int8_t* x[kTiles];
+  const float2* x_groups[kTiles];
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+    x[n] = a.x.q + int64_t{min(row0 + 8 * n + quad, a.rows - 1)} * a.in;
+    x_groups[n] = a.x.groups + min(row0 + 8 * n, static_cast<int>(a.x.stride) - 8) + 2 * part;
+  }
+  const int units = static_cast<int>(blocks) * B::kUnits;
+  float sum[kTall][kTiles][4] = {};
+  Unit w[kAhead][kTall][2];
+  const auto Load = [&](int first) {
+#pragma unroll
+    for (int s = 0; s < kAhead; ++s) {
+      const int u = first + s * kWarps;
+      if (u >= units) break;
+#pragma unroll
+      for (int m = 0; m < kTall; ++m) {
+        B::LoadUnit(strips[m] + int64_t{u / B::kUnits} * (kStripRows * B::kBytes), u % B::kUnits,
+                    lane, w[s][m]);
+      }
+    }
+  };
+  const auto Use = [&](int first) {
+#pragma unroll
+    for (int s = 0; s < kAhead; ++s) {
+      const int u = first + s * kWarps;
+      if (u >= units) break;
+#pragma unroll
+      for (int g = 0; g < Unit::kGroups; ++g) {
+        const int64_t group =
+            u / B::kUnits * (B::kElements / kQuantisedGroup) + B::Group(u % B::kUnits, g);
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+          const int2 bytes = PartOfGroup<B>(x[n] + group * kQuantisedGroup, part);
+          // Of the product's columns this lane has two: scale and total of each.
+          const float4 two = *reinterpret_cast<const float4*>(x_groups[n] + group * a.x.stride);
+#pragma unroll
+          for (int m = 0; m < kTall; ++m) {
+            const Unit* rows = w[s][m];
+            int dot[Unit::kScales][4] = {};
+            if constexpr (Unit::kScales == 1) {
+              MultiplyBytes(dot[0],
+                            {rows[0].words[g][0], rows[1].words[g][0], rows[0].words[g][1],
+                             rows[1].words[g][1]},
+                            bytes.x, bytes.y);
+            } else {
+              MultiplyBytes(dot[0], {rows[0].words[g][0], rows[1].words[g][0]}, bytes.x);
+              MultiplyBytes(dot[1], {rows[0].words[g][1], rows[1].words[g][1]}, bytes.y);
+            }
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const Unit& row = rows[i / 2];
+#pragma unroll
+              for (int half = 0; half < Unit::kScales; ++half) {
+                float value = row.scale[g][half] * static_cast<float>(dot[half][i]);
+                if constexpr (B::kMin) {
+                  value = fmaf(-row.min[g], i % 2 == 0 ? two.y : two.w, value);
+                }
+                sum[m][n][i] = fmaf(i % 2 == 0 ? two.x : two.z, value, sum[m][n][i]);
+              }
+            }
+          }
+        }
+      }
+    }
+  };
+  Load(warp);
+  AwaitEarlier();
+  for (int u = warp; u < units; u += kAhead * kWarps) {
+    Use(u);
+    Load(u + kAhead * kWarps);
+  }
+
+  // The warps' sums, in order.
+  __shared__ float sums[kWarps][kRows][kColumns];
+#pragma unroll
+  for (int m = 0; m < kTall; ++m) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        sums[warp][8 * n + 2 * part + i % 2][kStripRows * m + i / 2 * 8 + quad] = sum[m][n][i];
       }
     }
   }
+  __syncthreads();
+  for (int i = threadIdx.x; i < kRows * kColumns; i += kWarps * kWarp) {
+    const int row = i / kColumns, column = i % kColumns;
+    if (row0 + row >= a.rows || column0 + column >= a.columns) continue;
+    float all = 0;
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    const float total = WarpSum(sum[r]);
-    if (lane == 0 && row0 + r < a.rows) a.out[(row0 + r) * a.out_stride + column] = total;
+    for (int w = 0; w < kWarps; ++w) all += sums[w][row][column];
+    a.out[(row0 + row) * a.out_stride + column0 + column] = all;
   }
 }
 
-template <class B, int kRows>
+template <class B, int kTiles, int kTall>
 void Launch(BackendContext& context, const BlockArgs& a) {
-  const dim3 grid(Blocks(a.columns, kWarpsPerBlock), Blocks(a.rows, kRows));
-  DotBlocks<B, kRows><<<grid, kWarpsPerBlock * kWarp, 0, context.stream>>>(a);
+  const dim3 grid(Blocks(a.columns, kStripRows * kTall), Blocks(a.rows, 8 * kTiles));
+  LaunchEarly(context, DotBlocks<B, kTiles, kTall>, grid, kWarps * kWarp, a);
 }
 
 }  // namespace
 
 void QuantiseRows(BackendContext& context, const View& x, const QuantisedRows& rows) {
-  CHECK_EQ(x.shape[1] % kGroup, 0);
-  const int64_t groups = x.shape[0] * (x.shape[1] / kGroup);
-  Quantise<<<Blocks(groups, kWarpsPerBlock), kWarpsPerBlock * kWarp, 0, context.stream>>>(
+  CHECK_EQ(x.shape[1] % kQuantisedGroup, 0);
+  const int64_t groups = x.shape[0] * (x.shape[1] / kQuantisedGroup);
+  Quantise<<<Blocks(groups, kQuantiseWarps), kQuantiseWarps * kWarp, 0, context.stream>>>(
       x.as<float>(), x.stride[0], static_cast<int>(x.shape[1]), groups, rows);
 }
 
 void MultiplyBlocks(BackendContext& context, const Product& p, const QuantisedRows& rows) {
   BlockArgs a;
-  a.weights = p.weight.as<const uint8_t>();
-  a.weight_bytes = BytesOf(p.weight.dtype, p.in());
+  a.strips = p.weight.as<const uint8_t>();
   a.x = rows;
   a.out = p.out.as<float>();
   a.out_stride = p.out.stride[0];
@@ -110,14 +265,14 @@ void MultiplyBlocks(BackendContext& context, const Product& p, const QuantisedRo
   a.columns = static_cast<int>(p.columns());
   CHECK(VisitBlocks(p.weight.dtype, [&](auto format) {
     using B = decltype(format);
-    if (a.rows == 1) {
-      Launch<B, 1>(context, a);
-    } else if (a.rows <= 2) {
-      Launch<B, 2>(context, a);
-    } else if (a.rows <= 4) {
-      Launch<B, 4>(context, a);
+    if (a.rows == 1 && !context.deterministic) {
+      LaunchEarly(context, DotRow<B>, dim3(Blocks(a.columns, kStripRows)), kWarps * kWarp, a);
+    } else if (a.rows <= 8) {
+      Launch<B, 1, 1>(context, a);
+    } else if (a.rows <= 16) {
+      Launch<B, 2, 1>(context, a);
     } else {
-      Launch<B, 8>(context, a);
+      Launch<B, 4, 2>(context, a);
     }
   })) << Info(p.weight.dtype).name;
 }

@@ -4,7 +4,6 @@
 #include <map>
 #include <tuple>
 
-#include "kernels/cuda/blocks.cuh"
 #include "kernels/cuda/check_cuda.h"
 #include "kernels/cuda/matmul.h"
 #include "kernels/cuda/numbers.cuh"
@@ -131,14 +130,6 @@ __global__ void Round(const float* x, int64_t stride, T* out, int64_t in) {
   if (i < in) out[blockIdx.y * in + i] = FromFloat<T>(x[blockIdx.y * stride + i]);
 }
 
-template <class B>
-__global__ void Unpack(const uint8_t* weights, int64_t count, __nv_bfloat16* out) {
-  const int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x;
-  if (i >= count) return;
-  const uint8_t* block = weights + i / B::kElements * B::kBytes;
-  out[i] = FromFloat<__nv_bfloat16>(B::Element(block, static_cast<int>(i % B::kElements)));
-}
-
 }  // namespace
 
 void MultiplyTiles(BackendContext& context, const Product& p) {
@@ -174,10 +165,10 @@ void MultiplyTiles(BackendContext& context, const Product& p) {
       const int64_t columns = std::min(most_columns, p.columns() - column);
       const void* weight = p.weight.row(column);
       if (blocks) {
-        VisitBlocks(weight_type, [&](auto format) {
-          Unpack<decltype(format)><<<Blocks(columns * in, kThreads), kThreads, 0, context.stream>>>(
-              static_cast<const uint8_t*>(weight), columns * in, panel);
-        });
+        View part = p.weight;  // whole strips, but for the last
+        part.data = p.weight.row(column);
+        part.shape[0] = columns;
+        UnpackStrips(context, part, panel);
         weight = panel;
       }
       const int64_t x_stride = rounds ? in : p.x.stride[0];

@@ -47,6 +47,23 @@ __device__ __forceinline__ void Multiply(float (&sum)[4], const uint32_t (&a)[4]
   }
 }
 
+// The same of signed bytes: a[16, 32], b[32, 8]; each word has four that follow each other.
+__device__ __forceinline__ void MultiplyBytes(int (&sum)[4], const int (&a)[4], int b0, int b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// a[16, 16], b[16, 8].
+__device__ __forceinline__ void MultiplyBytes(int (&sum)[4], const int (&a)[2], int b) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+      "{%0, %1, %2, %3};"
+      : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b));
+}
+
 // 16 bytes from global to shared memory, or zeros.
 __device__ __forceinline__ void CopyAsync(uint32_t to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),

@@ -33,12 +33,13 @@ struct Out {
   std::vector<float> values;
 };
 
-std::vector<float> Embedded(Backend& backend, testing::Weights table, std::vector<int32_t> tokens,
-                            float scale) {
+std::vector<float> Embedded(Backend& backend, const testing::Weights& table,
+                            std::vector<int32_t> tokens, float scale) {
   Out out(static_cast<int64_t>(tokens.size()), table.columns);
   Travel there(backend);
+  const testing::PlacedWeights placed(backend, table.view());
   EmbedArgs args;
-  args.table = View::Matrix(there(table.bytes), table.type, table.rows, table.columns);
+  args.table = placed.view;
   args.tokens = View::Vector(there(tokens), DType::kI32, out.rows);
   args.out = out.In(there);
   args.scale = scale;

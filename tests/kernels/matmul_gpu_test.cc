@@ -210,6 +210,24 @@ TEST_F(CudaMatMul, ARowIsTheSameBesideAnyFewOthers) {
   }
 }
 
+TEST_F(CudaMatMul, ARowTimesBlocksIsTheSameBesideAnyFewOthers) {
+  constexpr int64_t kRows = 32, kIn = 1280, kColumns = 300;
+  for (const DType type : kWeightTypes) {
+    if (!IsQuantised(type)) continue;
+    const std::vector<float> x = RandomFloats(kRows * kIn, random_);
+    const std::vector<Weights> weights = {RandomWeights(type, kColumns, kIn, random_)};
+    const std::vector<float> together = Multiply(*gpu_, x, kRows, weights);
+    for (const int64_t rows : {2, 8, 9, 16, 17, 31}) {
+      for (const int64_t first : {int64_t{0}, int64_t{1}, kRows - rows}) {
+        const std::vector<float> some(x.begin() + first * kIn, x.begin() + (first + rows) * kIn);
+        const std::vector<float> out = Multiply(*gpu_, some, rows, weights);
+        EXPECT_TRUE(std::equal(out.begin(), out.end(), together.begin() + first * kColumns))
+            << Info(type).name << ", " << rows << " rows from " << first;
+      }
+    }
+  }
+}
+
 class DeterministicMatMul : public CudaMatMul {
  protected:
   DeterministicMatMul() : CudaMatMul(/*deterministic=*/true) {}
