@@ -5,12 +5,14 @@
 // A row's keys are cut into splits by the row's own length alone, so that its result depends
 // neither on its neighbours nor on the chunk it arrived in. A block makes one split's partial
 // result (attention_splits.cu where keys are bf16), and a second kernel merges a row's splits in
-// order. Splits of observed rows also leave their scores, from which a third kernel makes records
-// (attention_spans.cu); of an observed row that is attended in a tile, splits are made for that.
+// order. Splits of observed rows also leave their scores, from which a third kernel, beside
+// the second, makes records (attention_spans.cu); of an observed row that is attended in a tile,
+// splits are made for that.
 #include <algorithm>
 
 #include "kernels/cuda/attention.cuh"
 #include "kernels/cuda/check_cuda.h"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/ops_cuda.h"
 
 namespace longspan::cuda {
@@ -148,9 +150,11 @@ __global__ void __launch_bounds__(kMergeThreads) Merge(const Piece p) {
   const int row_index = p.first_row + blockIdx.x, head = blockIdx.y;
   const int splits = Row(p, row_index).splits;
   const int stride = p.dim + 2;
-  const float* from = p.partial + (int64_t{blockIdx.x} * p.heads + head) * kMaxSplits * stride;
+  const float* from = Partials(p, blockIdx.x, head, 0);
   __shared__ float tops[kMaxSplits], factors[kMaxSplits];
   static_assert(kMaxSplits <= kMergeThreads);
+  AwaitEarlier();
+  LetNextBegin();  // ObserveSpans, which needs the splits alone
   float split_total = 0;
   if (threadIdx.x < splits) {
     tops[threadIdx.x] = from[threadIdx.x * stride + p.dim];
@@ -172,9 +176,6 @@ __global__ void __launch_bounds__(kMergeThreads) Merge(const Piece p) {
 #pragma unroll 8
     for (int s = 0; s < splits; ++s) sum += factors[s] * from[s * stride + d];
     StoreOut<1>(p, row_index * p.out_row + head * p.out_head + d, {sum / total});
-  }
-  if (p.scores != nullptr && threadIdx.x == 0) {
-    p.log_total[int64_t{blockIdx.x} * p.heads + head] = top + logf(total);
   }
 }
 
@@ -203,13 +204,13 @@ class Splits {
     const bool observes = spans_.count > 0;
     piece_.score_stride = observes ? MostKeys(problem) : 0;
     const size_t partial = sizeof(float) * problem.heads * kMaxSplits * (problem.dim + 2);
-    const size_t scores = sizeof(float) * problem.heads * (piece_.score_stride + 1);
+    const size_t scores = sizeof(float) * problem.heads * piece_.score_stride;
     CHECK_LE(partial + scores, BackendContext::kWorkspaceBytes);
     most_ = static_cast<int>(
         std::min<size_t>(a.batch.rows, BackendContext::kWorkspaceBytes / (partial + scores)));
     auto* memory = static_cast<std::byte*>(context.Workspace(most_ * (partial + scores)));
     piece_.partial = reinterpret_cast<float*>(memory);
-    log_total_ = reinterpret_cast<float*>(memory + most_ * partial);
+    scores_ = reinterpret_cast<float*>(memory + most_ * partial);
   }
 
   void Run(int begin, int end) {
@@ -240,10 +241,7 @@ class Splits {
     p.first_row = first_row;
     p.first_observed = FirstObserved(first_row);
     const int observed = FirstObserved(first_row + rows) - p.first_observed;
-    if (observed > 0) {
-      p.log_total = log_total_;
-      p.scores = log_total_ + int64_t{rows} * p.heads;
-    }
+    if (observed > 0) p.scores = scores_;
     if (SplitsInVectors(p)) {
       AttendSplits(context_, p, rows);
     } else if (observed > 0) {
@@ -259,7 +257,7 @@ class Splits {
   const SpanRequest& spans_;
   Piece piece_;
   int most_;  // rows of a piece
-  float* log_total_;
+  float* scores_;
 };
 
 template <class T, int kPer>

@@ -66,13 +66,16 @@ constexpr int kMaxSplits = 64;
 struct Piece : Problem {
   int first_row;
   float* partial;  // [rows of the launch, heads, kMaxSplits, dim + 2]: sums, then maximum and total
-  // Where any of these rows is observed, else nullptr: of all of them.
-  float* log_total;      // [rows of the launch, heads]: of the softmax
-  float* scores;         // [rows of the launch, heads, score_stride]: from the first key seen on
+  // Of all these rows where any is observed, else nullptr: [rows of the launch, heads,
+  // score_stride], from the first key seen on.
+  float* scores;
   int64_t score_stride;  // at least the keys that a row sees
   int first_observed;    // the first of SpanRequest::rows among them
 };
 
+__device__ __forceinline__ float* Partials(const Piece& p, int row, int head, int split) {
+  return p.partial + ((int64_t{row} * p.heads + head) * kMaxSplits + split) * (p.dim + 2);
+}
 __device__ __forceinline__ float* Scores(const Piece& p, int row, int head) {
   return p.scores + (int64_t{row} * p.heads + head) * p.score_stride;
 }
@@ -123,7 +126,7 @@ inline int MostSplits(const Problem& p) {
 // Partial results of `rows` rows from bf16 keys and values in whole vectors.
 bool SplitsInVectors(const Problem& problem);
 void AttendSplits(BackendContext& context, const Piece& piece, int rows);
-// The records of `observed` rows whose splits are merged.
+// The records of `observed` rows. Launched after Merge, it may run beside it.
 void ObserveSpans(BackendContext& context, const Piece& piece, int observed);
 
 constexpr float kLog2E = 1.4426950408889634f;

@@ -1,149 +1,187 @@
 // What observed rows attend to, from their scores, which the rows' splits left behind: keys are not
 // read again. Bytes: 4 per head and visible key.
 #include "kernels/cuda/attention.cuh"
+#include "kernels/cuda/launch.cuh"
 
 namespace longspan::cuda {
 namespace {
 
-constexpr int kWarps = 8;
+constexpr int kMostWarps = 16;
+constexpr int kStrides = 4;  // scores of a lane at a time; the next are loaded meanwhile
+constexpr int kWarpKeys = kStrides * kWarp;
+constexpr int kNearBuckets = 6;     // that hold the first kWarp distances
+constexpr float kNoScore = -1e30f;  // of no probability; finite, so that no product of it is a NaN
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+__device__ __forceinline__ float WarpMax(float value) {
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, offset));
+  }
+  return value;
+}
 
 // Sums over keys of one head of one observed row, each key's probability known.
 struct Sums {
-  float mass = 0, far = 0, sink = 0, distance = 0, entropy = 0, probe = 0, beyond = 0;
+  float far = 0, sink = 0, distance = 0, entropy = 0, probe = 0;
   float top_score = -INFINITY;
-  int top_key = 0;
+  int top_back = 0;  // its distance: the greatest on a tie
 
-  __device__ void Add(const Sums& o) {
-    mass += o.mass;
-    far += o.far;
-    sink += o.sink;
-    distance += o.distance;
-    entropy += o.entropy;
-    probe += o.probe;
-    beyond += o.beyond;
-    if (o.top_score > top_score || (o.top_score == top_score && o.top_key < top_key)) {
-      top_score = o.top_score;
-      top_key = o.top_key;
+  // Every lane's, in all lanes.
+  __device__ void AddLanes() {
+    far = WarpSum(far);
+    sink = WarpSum(sink);
+    distance = WarpSum(distance);
+    entropy = WarpSum(entropy);
+    probe = WarpSum(probe);
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+      const float score = __shfl_xor_sync(kAllLanes, top_score, offset);
+      const int back = __shfl_xor_sync(kAllLanes, top_back, offset);
+      if (score > top_score || (score == top_score && back > top_back)) {
+        top_score = score;
+        top_back = back;
+      }
     }
-  }
-  __device__ Sums From(int lane_mask) const {
-    Sums o;
-    const auto Take = [&](auto x) { return __shfl_xor_sync(0xffffffffu, x, lane_mask); };
-    o.mass = Take(mass);
-    o.far = Take(far);
-    o.sink = Take(sink);
-    o.distance = Take(distance);
-    o.entropy = Take(entropy);
-    o.probe = Take(probe);
-    o.beyond = Take(beyond);
-    o.top_score = Take(top_score);
-    o.top_key = Take(top_key);
-    return o;
   }
 };
 
-__device__ __forceinline__ int Bucket(int distance) { return 32 - __clz(distance); }
+__device__ __forceinline__ int Bucket(int distance) {
+  return min(32 - __clz(distance), kDistanceBuckets - 1);
+}
 
-// grid: observed rows, heads. Warps take 32 distances at a time, in turn: beyond the first 32 these
-// lie in one bucket, and a warp's come in ascending order.
-__global__ void __launch_bounds__(kWarps* kWarp) Observe(const Piece p) {
+// log2 of the softmax's total, from the row's splits.
+__device__ float LogTotal(const Piece& p, int local, int head, int splits) {
+  constexpr int kPer = kMaxSplits / kWarp;
+  float tops[kPer], totals[kPer];
+  float top = p.sinks != nullptr ? p.sinks[head] : -INFINITY;
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) {
+    const int split = threadIdx.x % kWarp + i * kWarp;
+    const float* of_split = Partials(p, local, head, split) + p.dim;
+    tops[i] = split < splits ? of_split[0] : -INFINITY;
+    totals[i] = split < splits ? of_split[1] : 0;
+  }
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) top = fmaxf(top, tops[i]);
+  top = WarpMax(top);
+  float total = 0;
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) total += totals[i] * exp2f(kLog2E * (tops[i] - top));
+  total = WarpSum(total);
+  if (p.sinks != nullptr) total += exp2f(kLog2E * (p.sinks[head] - top));
+  return kLog2E * top + log2f(total);
+}
+
+// grid: observed rows, heads. It runs beside Merge: it begins when the splits are done and ends
+// when all is. Warps take kWarpKeys distances at a time, in turn: beyond the first kWarp each kWarp
+// of these lie in one bucket, and a warp's come in ascending order.
+__global__ void __launch_bounds__(kMostWarps* kWarp) Observe(const Piece p) {
   const SpanRequest& request = p.spans;
   const int observed = p.first_observed + blockIdx.x, head = blockIdx.y;
-  const Row row(p, request.rows[observed]);
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int64_t local = int64_t{request.rows[observed] - p.first_row} * p.heads + head;
-  const float* scores = p.scores + local * p.score_stride;
-  const float log_total = p.log_total[local];
+  const int local = request.rows[observed] - p.first_row;
+  const Row row(p, p.first_row + local);
+  const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const float* scores = Scores(p, local, head);
   const int probes_begin = request.probe_offsets != nullptr ? request.probe_offsets[observed] : 0;
   const int probes_end = request.probe_offsets != nullptr ? request.probe_offsets[observed + 1] : 0;
   const int furthest = row.position - row.first;
+  const int far = request.far_window > 0 ? request.far_window : row.position + 1;
 
-  __shared__ float buckets[kDistanceBuckets][kWarps];
-  __shared__ Sums all[kWarps];
-  for (int i = threadIdx.x; i < kDistanceBuckets * kWarps; i += kWarps * kWarp) {
-    buckets[i / kWarps][i % kWarps] = 0;
-  }
-  __syncthreads();
+  __shared__ float buckets[kDistanceBuckets][kMostWarps];
+  __shared__ Sums all[kMostWarps];
+  for (int b = lane; b < kDistanceBuckets; b += kWarp) buckets[b][warp] = 0;
+  __syncwarp();
 
+  float next[kStrides];
+  const auto Fetch = [&](int nearest) {
+#pragma unroll
+    for (int i = 0; i < kStrides; ++i) {
+      const int back = nearest + i * kWarp + lane;
+      next[i] = back <= furthest ? __ldg(scores + furthest - back) : kNoScore;
+    }
+  };
+  Fetch(warp * kWarpKeys);
+  const float log_total = LogTotal(p, local, head, row.splits);
   Sums sums;
   float in_bucket = 0;
   int bucket = 0;
-  const auto ScoreAt = [&](int back) {
-    return back <= furthest ? __ldg(scores + furthest - back) : -INFINITY;
-  };
-  float next = ScoreAt(warp * kWarp + lane);
-  for (int nearest = warp * kWarp; nearest <= furthest; nearest += kWarps * kWarp) {
-    const int back = nearest + lane, j = row.position - back;
-    const float score = next;
-    next = ScoreAt(back + kWarps * kWarp);
-    float probability = 0;
-    if (back <= furthest) {
-      const float log_p = score - log_total;
-      probability = expf(log_p);
-      sums.mass += probability;
-      sums.entropy -= probability * log_p;
-      if (score >= sums.top_score) sums.top_score = score, sums.top_key = j;
-      if (j < kSinkTokens) {
-        sums.sink += probability;
+  for (int nearest = warp * kWarpKeys; nearest <= furthest; nearest += warps * kWarpKeys) {
+    float score[kStrides];
+#pragma unroll
+    for (int i = 0; i < kStrides; ++i) score[i] = next[i];
+    Fetch(nearest + warps * kWarpKeys);
+#pragma unroll
+    for (int i = 0; i < kStrides; ++i) {
+      const int begin = nearest + i * kWarp, back = begin + lane;
+      const float log_p = fmaf(kLog2E, score[i], -log_total);
+      const float probability = exp2f(log_p);
+      sums.entropy = fmaf(-probability, log_p, sums.entropy);
+      if (score[i] >= sums.top_score) sums.top_score = score[i], sums.top_back = back;
+      const int j = row.position - back;
+      if (j >= kSinkTokens) {
+        sums.distance = fmaf(probability, static_cast<float>(back), sums.distance);
+        if (back >= far) sums.far += probability;
       } else {
-        sums.distance += probability * static_cast<float>(back);
-        if (request.far_window > 0 && back >= request.far_window) sums.far += probability;
+        sums.sink += probability;
       }
-      if (p.window > 0 && back >= p.window) sums.beyond += probability;
       for (int r = probes_begin; r < probes_end; ++r) {
         if (j >= request.probes[r].begin && j < request.probes[r].end) {
           sums.probe += probability;
           break;
         }
       }
-    }
-    if (nearest == 0) {
-      for (int b = 0; b <= Bucket(kWarp - 1); ++b) {
-        const float sum = WarpSum(Bucket(back) == b ? probability : 0);
-        if (lane == 0) buckets[b][warp] = sum;
+      if (begin == 0) {
+#pragma unroll
+        for (int b = 0; b < kNearBuckets; ++b) {
+          const float sum = WarpSum(Bucket(back) == b ? probability : 0);
+          if (lane == 0) buckets[b][warp] = sum;
+        }
+        continue;
       }
-      continue;
+      if (const int now = Bucket(begin); now != bucket) {
+        const float sum = WarpSum(in_bucket);
+        if (lane == 0) buckets[bucket][warp] += sum;
+        in_bucket = 0;
+        bucket = now;
+      }
+      in_bucket += probability;
     }
-    if (const int now = min(Bucket(nearest), kDistanceBuckets - 1); now != bucket) {
-      const float sum = WarpSum(in_bucket);
-      if (lane == 0) buckets[bucket][warp] += sum;
-      in_bucket = 0;
-      bucket = now;
-    }
-    in_bucket += probability;
   }
   const float sum = WarpSum(in_bucket);
   if (lane == 0) buckets[bucket][warp] += sum;
-
-#pragma unroll
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) sums.Add(sums.From(mask));
+  sums.AddLanes();
   if (lane == 0) all[warp] = sums;
   __syncthreads();
-  SpanRecord& record = request.records[int64_t{observed} * p.heads + head];
-  if (threadIdx.x < kDistanceBuckets) {
-    float of_all = 0;
-    for (int w = 0; w < kWarps; ++w) of_all += buckets[threadIdx.x][w];
-    record.mass_by_distance[threadIdx.x] = of_all;
+
+  if (warp == 0) {
+    Sums s;
+    if (lane < warps) s = all[lane];
+    s.AddLanes();
+    float in_mine = 0;
+    for (int w = 0; w < warps && lane < kDistanceBuckets; ++w) in_mine += buckets[lane][w];
+    const float others = WarpSum(in_mine) - s.sink;
+    SpanRecord& record = request.records[int64_t{observed} * p.heads + head];
+    if (lane < kDistanceBuckets) record.mass_by_distance[lane] = in_mine;
+    if (lane == 0) {
+      record.far_mass = s.far;
+      record.sink_mass = s.sink;
+      record.distance = s.distance > 0 ? s.distance / others : 0;
+      record.entropy =
+          row.position > 0 ? fmaxf(0, s.entropy) / log2f(static_cast<float>(row.position + 1)) : 0;
+      record.top_probability = exp2f(fmaf(kLog2E, s.top_score, -log_total));
+      record.top_key = row.position - s.top_back;
+      record.probe_mass = s.probe;
+      record.beyond_window = 0;  // the splits have no keys there
+    }
   }
-  if (threadIdx.x != 0) return;
-  Sums s = all[0];
-  for (int w = 1; w < kWarps; ++w) s.Add(all[w]);
-  const float others = s.mass - s.sink;
-  record.far_mass = s.far;
-  record.sink_mass = s.sink;
-  record.distance = s.distance > 0 ? s.distance / others : 0;
-  record.entropy =
-      row.position > 0 ? fmaxf(0, s.entropy) / logf(static_cast<float>(row.position + 1)) : 0;
-  record.top_probability = expf(s.top_score - log_total);
-  record.top_key = s.top_key;
-  record.probe_mass = s.probe;
-  record.beyond_window = s.beyond;
+  AwaitEarlier();
 }
 
 }  // namespace
 
 void ObserveSpans(BackendContext& context, const Piece& p, int observed) {
-  Observe<<<dim3(observed, p.heads), kWarps * kWarp, 0, context.stream>>>(p);
+  const int64_t warps = (MostKeys(p) + kWarpKeys - 1) / kWarpKeys;
+  const int threads = kWarp * static_cast<int>(std::min<int64_t>(warps, kMostWarps));
+  LaunchEarly(context, Observe, dim3(observed, p.heads), threads, p);
 }
 
 }  // namespace longspan::cuda

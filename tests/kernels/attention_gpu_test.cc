@@ -212,6 +212,14 @@ TEST_F(CudaAttention, SpansEqualEager) {
   testing::ExpectSpansEqualEager(c, {{1000, 1100}}, kSpanTolerance, 191);
 }
 
+TEST_F(CudaAttention, SpansOfLongRowsEqualEager) {
+  const std::vector<ProbeRange> probes = {{2000, 2100}};
+  AttentionCase c({.heads = 2, .kv_heads = 1, .dim = 256}, {5001});
+  c.Step(*backend_, {5000}, /*observe=*/true, probes);
+  c.Step(*backend_, {1}, /*observe=*/true, probes);
+  testing::ExpectSpansEqualEager(c, probes, kSpanTolerance, 1000);
+}
+
 TEST_F(CudaAttention, ObservingChangesNoBit) {
   AttentionCase c({.window = 24}, {100});
   c.RunAll(*backend_, 30);
