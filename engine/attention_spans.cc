@@ -19,15 +19,15 @@ SpanSums EmptySums(const ModelSpec& spec) {
   return sums;
 }
 
-void AddRow(const ModelSpec& spec, absl::Span<const SpanRecord> records, int64_t position,
+void AddRow(const ModelSpec& spec, const SpanRow& row, int64_t position,
             absl::Span<const int32_t> tokens, int32_t next, SpanSums& sums) {
-  CHECK_EQ(records.size(), sums.sums.size());
   const int far_window = spec.window();
   for (int l = 0; l < sums.layers; ++l) {
     const auto* attention = std::get_if<AttentionSpec>(&spec.layers[l].mixer);
     if (attention == nullptr) continue;
+    const SpanRecord* records = row.Layer(l, attention->heads);
     for (int h = 0; h < attention->heads; ++h) {
-      const SpanRecord& r = records[static_cast<size_t>(l) * sums.heads + h];
+      const SpanRecord& r = records[h];
       HeadSums& s = sums.at(l, h);
       if (attention->window.has_value()) CHECK_EQ(r.beyond_window, 0.0f) << "layer " << l;
       s.queries += 1;
@@ -61,13 +61,19 @@ void AttentionSpans::Clear() {
   totals_.recent_distance.resize(totals_.sums.sums.size());
 }
 
-void AttentionSpans::Add(absl::Span<const SpanRecord> records, int64_t position,
-                         absl::Span<const int32_t> tokens, int32_t next) {
+void AttentionSpans::Add(const SpanRow& row, int64_t position, absl::Span<const int32_t> tokens,
+                         int32_t next) {
   absl::MutexLock lock(&mu_);
-  AddRow(spec_, records, position, tokens, next, totals_.sums);
+  SpanSums& sums = totals_.sums;
+  AddRow(spec_, row, position, tokens, next, sums);
   const double weight = totals_.observed_queries == 0 ? 1 : kRecentWeight;
-  for (size_t i = 0; i < records.size(); ++i) {
-    totals_.recent_distance[i] += weight * (records[i].distance - totals_.recent_distance[i]);
+  for (int l = 0; l < sums.layers; ++l) {
+    const auto* attention = std::get_if<AttentionSpec>(&spec_.layers[l].mixer);
+    if (attention == nullptr) continue;
+    const SpanRecord* records = row.Layer(l, attention->heads);
+    double* recent = totals_.recent_distance.data() + static_cast<size_t>(l) * sums.heads;
+    for (int h = 0; h < attention->heads; ++h)
+      recent[h] += weight * (records[h].distance - recent[h]);
   }
   ++totals_.observed_queries;
 }

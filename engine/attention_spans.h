@@ -8,6 +8,7 @@
 #include "absl/time/time.h"
 #include "absl/types/span.h"
 #include "engine/request.h"
+#include "kernels/span_record.h"
 #include "models/spec.h"
 
 namespace longspan {
@@ -26,12 +27,23 @@ struct SpanSnapshot {
 };
 inline constexpr double kRecentWeight = 1.0 / 64;
 
-// Adds one observed query row to `sums`. records: [layers * max_heads], layer-major; `position` is
-// t, `tokens` the sequence so far, `next` the token that was sampled from the row. A copy hit is
-// tokens[top_key] == next with t - top_key >= W; sink mass counts where t >= kSinkTokens + W (the
-// online form of Wu et al., arXiv 2404.15574). A model without window layers has no W: no far mass,
-// no copy hits. Dies if a window layer put mass beyond its own window.
-void AddRow(const ModelSpec& spec, absl::Span<const SpanRecord> records, int64_t position,
+// The records of one observed query row, among those of its step: of each layer [rows, heads].
+struct SpanRow {
+  const SpanRecord* step = nullptr;
+  size_t layer_stride = 0;
+  size_t index = 0;  // of the row
+
+  const SpanRecord* Layer(int layer, int heads) const {
+    return step + layer * layer_stride + index * heads;
+  }
+};
+
+// Adds one observed query row to `sums`. `position` is t, `tokens` the sequence so far, `next` the
+// token that was sampled from the row. A copy hit is tokens[top_key] == next with t - top_key >= W;
+// sink mass counts where t >= kSinkTokens + W (the online form of Wu et al., arXiv 2404.15574). A
+// model without window layers has no W: no far mass, no copy hits. Dies if a window layer put mass
+// beyond its own window.
+void AddRow(const ModelSpec& spec, const SpanRow& row, int64_t position,
             absl::Span<const int32_t> tokens, int32_t next, SpanSums& sums);
 SpanSums EmptySums(const ModelSpec& spec);
 
@@ -40,8 +52,7 @@ class AttentionSpans {
   explicit AttentionSpans(const ModelSpec& spec);
 
   // As AddRow(), into the totals.
-  void Add(absl::Span<const SpanRecord> records, int64_t position, absl::Span<const int32_t> tokens,
-           int32_t next);
+  void Add(const SpanRow& row, int64_t position, absl::Span<const int32_t> tokens, int32_t next);
   void CountStep(bool observed);  // a decode step was due to be observed; observed or dropped
   void CountRequest();
   SpanSnapshot Snapshot() const;  // any thread

@@ -74,10 +74,10 @@ struct Engine::Impl {
   TokenLogprob LogprobAt(const View& logits, int row, int32_t token, int top);
   void ReadPromptLogprobs(const BatchItem& item, Active& active, int first_row);
   void Advance(Active& active, Sequence& sequence, absl::Span<Drawn> drawn,
-               const SpanRecord* records, bool sampled);
-  void Take(Active& active, Sequence& sequence, Drawn drawn, const SpanRecord* records,
+               const std::optional<SpanRow>& row, bool sampled);
+  void Take(Active& active, Sequence& sequence, Drawn drawn, const std::optional<SpanRow>& row,
             bool sampled);
-  void Observe(Active& active, const Sequence& sequence, const SpanRecord* records, bool sampled);
+  void Observe(Active& active, const Sequence& sequence, const SpanRow& row, bool sampled);
   void TellPrompt(Active& active);
   void Finish(Active& active, Sequence& sequence);
 

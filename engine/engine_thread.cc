@@ -253,10 +253,9 @@ void Engine::Impl::Execute(const Batch& batch) {
     const auto [active, sequence] = OwnerOf(batch.items[i].ticket);
     scheduler.Commit(batch.items[i], plan[i].wants_logits ? 1 : 0);
     if (!plan[i].wants_logits) continue;
-    const SpanRecord* records =
-        staged.observed[i] >= 0 ? stager.Records(staged, staged.observed[i]).data() : nullptr;
-    Advance(*active, *sequence, absl::MakeSpan(drawn).subspan(first_draw[i]), records,
-            sample_spans);
+    std::optional<SpanRow> row;
+    if (staged.observed[i] >= 0) row = stager.Records(staged, staged.observed[i]);
+    Advance(*active, *sequence, absl::MakeSpan(drawn).subspan(first_draw[i]), row, sample_spans);
   }
   report.duration = absl::Now() - begin;
   local.step_seconds += absl::ToDoubleSeconds(report.duration);
@@ -379,15 +378,15 @@ void Engine::Impl::ReadPromptLogprobs(const BatchItem& item, Active& active, int
 }
 
 // Takes a sequence's next token, at its prompt's end that of each choice, and ends what is at its
-// end. records: of the row that they were drawn from, or nullptr.
+// end. row: that they were drawn from, if it is observed.
 void Engine::Impl::Advance(Active& active, Sequence& sequence, absl::Span<Drawn> drawn,
-                           const SpanRecord* records, bool sampled) {
+                           const std::optional<SpanRow>& row, bool sampled) {
   const bool ends_prompt = !active.prompt_done;
-  Take(active, sequence, std::move(drawn[0]), records, sampled);
+  Take(active, sequence, std::move(drawn[0]), row, sampled);
   for (int i = 1; ends_prompt && i < active.request.n; ++i) {
     if (ForkChoice(active, i, sequence)) {
       Sequence& sibling = *active.choices[i];
-      Take(active, sibling, std::move(drawn[i]), records, sampled);
+      Take(active, sibling, std::move(drawn[i]), row, sampled);
       if (sibling.finished()) Finish(active, sibling);
     } else {  // it reads the prompt itself when its turn comes
       const absl::Status added = AddChoice(active, i);
@@ -398,14 +397,14 @@ void Engine::Impl::Advance(Active& active, Sequence& sequence, absl::Span<Drawn>
 }
 
 // Tells the client of its next token.
-void Engine::Impl::Take(Active& active, Sequence& sequence, Drawn drawn, const SpanRecord* records,
-                        bool sampled) {
+void Engine::Impl::Take(Active& active, Sequence& sequence, Drawn drawn,
+                        const std::optional<SpanRow>& row, bool sampled) {
   Event event = sequence.Next(std::move(drawn));
   const absl::Time now = absl::Now();
   active.first_token = std::min(active.first_token, now);
   active.last_token = now;
   ++local.generation_tokens;
-  if (records != nullptr) Observe(active, sequence, records, sampled);
+  if (row.has_value()) Observe(active, sequence, *row, sampled);
   if (!active.prompt_done) TellPrompt(active);
   active.sink(std::move(event));
 }
@@ -420,19 +419,19 @@ void Engine::Impl::TellPrompt(Active& active) {
   active.sink(std::move(prompt));
 }
 
-void Engine::Impl::Observe(Active& active, const Sequence& sequence, const SpanRecord* records,
+void Engine::Impl::Observe(Active& active, const Sequence& sequence, const SpanRow& row,
                            bool sampled) {
-  const size_t layers = model.spec().layers.size();
-  const size_t heads = model.max_heads();
-  const absl::Span<const SpanRecord> row(records, layers * heads);
   // The sequence already ends with the token that was drawn; the row is that of the one before it.
   const auto tokens = absl::MakeConstSpan(sequence.tokens()).first(sequence.tokens().size() - 1);
   const int32_t next = sequence.tokens().back();
   const int64_t position = static_cast<int64_t>(tokens.size()) - 1;
   if (!active.prompt_done && !active.request.probes.empty()) {
-    active.probe_mass.assign(layers, std::vector<float>(heads));
-    for (size_t l = 0; l < layers; ++l) {
-      for (size_t h = 0; h < heads; ++h) active.probe_mass[l][h] = row[l * heads + h].probe_mass;
+    const std::vector<LayerSpec>& layers = model.spec().layers;
+    active.probe_mass.assign(layers.size(), std::vector<float>(model.max_heads()));
+    for (size_t l = 0; l < layers.size(); ++l) {
+      const int heads = std::get<AttentionSpec>(layers[l].mixer).heads;
+      const SpanRecord* records = row.Layer(static_cast<int>(l), heads);
+      for (int h = 0; h < heads; ++h) active.probe_mass[l][h] = records[h].probe_mass;
     }
   }
   if (sampled) {

@@ -105,24 +105,14 @@ View Stager::RowRange(int begin, int count) {
   return View::Vector(more_rows_.data(), DType::kI32, count);
 }
 
-const std::vector<SpanRecord>& Stager::Records(const StagedStep& staged, int index) {
-  const ModelSpec& spec = model_.spec();
-  const size_t layers = spec.layers.size();
-  const size_t heads = model_.max_heads();
-  const size_t count = staged.step.spans.count;
+SpanRow Stager::Records(const StagedStep& staged, int index) {
+  const size_t layer_stride = static_cast<size_t>(staged.step.spans.count) * model_.max_heads();
   if (!fetched_valid_) {
-    fetched_.resize(layers * count * heads);
+    fetched_.resize(model_.spec().layers.size() * layer_stride);
     backend_.CopyOut(fetched_.data(), records_.data(), fetched_.size() * sizeof(SpanRecord));
     fetched_valid_ = true;
   }
-  row_.assign(layers * heads, SpanRecord());
-  for (size_t l = 0; l < layers; ++l) {
-    const size_t own = std::get<AttentionSpec>(spec.layers[l].mixer).heads;
-    for (size_t h = 0; h < own; ++h) {
-      row_[l * heads + h] = fetched_[l * count * heads + index * own + h];
-    }
-  }
-  return row_;
+  return {fetched_.data(), layer_stride, static_cast<size_t>(index)};
 }
 
 }  // namespace longspan

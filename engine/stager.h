@@ -3,6 +3,7 @@
 #include <memory>
 #include <vector>
 
+#include "engine/attention_spans.h"
 #include "engine/kv_cache.h"
 #include "engine/request.h"
 #include "models/model.h"
@@ -34,8 +35,9 @@ class Stager {
   StagedStep Stage(const std::vector<StageItem>& items, KvCache& cache);
   // For Model::Logits: step rows [begin, begin + count).
   View RowRange(int begin, int count);
-  // Records of observed row `index` of the last step, [layers * max_heads]; call after Forward.
-  const std::vector<SpanRecord>& Records(const StagedStep& staged, int index);
+  // Of observed row `index` of the last step; call after Forward. They last until a later step's
+  // are asked for.
+  SpanRow Records(const StagedStep& staged, int index);
 
   static constexpr int kMaxProbes = 64;  // per sequence
 
@@ -52,7 +54,7 @@ class Stager {
   Buffer block_;
   size_t used_ = 0;
   Buffer more_rows_, records_;
-  std::vector<SpanRecord> fetched_, row_;
+  std::vector<SpanRecord> fetched_;
   bool fetched_valid_ = false;
 };
 

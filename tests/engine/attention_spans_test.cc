@@ -36,6 +36,8 @@ std::vector<SpanRecord> Records(float scale = 1) {
   return records;
 }
 
+SpanRow RowOf(const std::vector<SpanRecord>& records) { return {records.data(), 3, 0}; }
+
 std::vector<int32_t> Tokens(int count) {
   std::vector<int32_t> tokens(count);
   for (int i = 0; i < count; ++i) tokens[i] = 100 + i;
@@ -46,8 +48,8 @@ TEST(AttentionSpans, AddUpPerLayerAndHead) {
   const ModelSpec spec = Hybrid();
   AttentionSpans spans(spec);
   const std::vector<int32_t> tokens = Tokens(40);
-  spans.Add(Records(1), 39, tokens, 7);
-  spans.Add(Records(2), 39, tokens, 7);
+  spans.Add(RowOf(Records(1)), 39, tokens, 7);
+  spans.Add(RowOf(Records(2)), 39, tokens, 7);
   spans.CountStep(true);
   const SpanSnapshot got = spans.Snapshot();
   EXPECT_EQ(got.observed_queries, 2u);
@@ -72,11 +74,11 @@ TEST(AttentionSpans, RecentDistanceForgetsWhatIsLongPast) {
   AttentionSpans spans(spec);
   const std::vector<int32_t> tokens = Tokens(40);
   const auto recent = [&] { return spans.Snapshot().recent_distance[4]; };  // distance is 4 * scale
-  spans.Add(Records(1), 39, tokens, 7);
+  spans.Add(RowOf(Records(1)), 39, tokens, 7);
   EXPECT_EQ(recent(), 4) << "the first query is all there is";
-  spans.Add(Records(2), 39, tokens, 7);
+  spans.Add(RowOf(Records(2)), 39, tokens, 7);
   EXPECT_DOUBLE_EQ(recent(), 4 + 4 * kRecentWeight);
-  for (int i = 0; i < 1000; ++i) spans.Add(Records(2), 39, tokens, 7);
+  for (int i = 0; i < 1000; ++i) spans.Add(RowOf(Records(2)), 39, tokens, 7);
   EXPECT_NEAR(recent(), 8, 1e-5);  // 4 * (63/64)^1001 is below 6e-7
   spans.Reset();
   EXPECT_EQ(recent(), 0);
@@ -86,10 +88,10 @@ TEST(AttentionSpans, SinkMassCountsOnlyWhereTheWindowIsPastTheSinks) {
   const ModelSpec spec = Hybrid();
   SpanSums sums = EmptySums(spec);
   const int first = kSinkTokens + 8;
-  AddRow(spec, Records(), first - 1, Tokens(first), 7, sums);
+  AddRow(spec, RowOf(Records()), first - 1, Tokens(first), 7, sums);
   EXPECT_EQ(sums.at(1, 0).sink_queries, 0);
   EXPECT_EQ(sums.at(1, 0).sink_mass, 0);
-  AddRow(spec, Records(), first, Tokens(first + 1), 7, sums);
+  AddRow(spec, RowOf(Records()), first, Tokens(first + 1), 7, sums);
   EXPECT_EQ(sums.at(1, 0).sink_queries, 1);
   EXPECT_EQ(sums.at(1, 0).sink_mass, 0.125);
   EXPECT_EQ(sums.at(1, 0).queries, 2);
@@ -102,7 +104,7 @@ TEST(AttentionSpans, ACopyHitIsTheGeneratedTokenBeyondTheWindow) {
     SpanSums sums = EmptySums(spec);
     std::vector<SpanRecord> records = Records();
     records[3].top_key = top_key;
-    AddRow(spec, records, 39, tokens, next, sums);
+    AddRow(spec, RowOf(records), 39, tokens, next, sums);
     return sums.at(1, 0).copy_hits;
   };
   EXPECT_EQ(hits(31, 131), 1) << "distance 8 is beyond a window of 8";
@@ -114,7 +116,7 @@ TEST(AttentionSpans, AModelWithoutWindowsHasNoCopyHits) {
   ModelSpec spec = Hybrid();
   std::get<AttentionSpec>(spec.layers[0].mixer).window.reset();
   SpanSums sums = EmptySums(spec);
-  AddRow(spec, Records(), 39, Tokens(40), 100, sums);  // every top_key is 0
+  AddRow(spec, RowOf(Records()), 39, Tokens(40), 100, sums);  // every top_key is 0
   EXPECT_EQ(sums.at(1, 0).copy_hits, 0);
 }
 
@@ -123,13 +125,13 @@ TEST(AttentionSpansDeathTest, MassBeyondAWindowIsABug) {
   SpanSums sums = EmptySums(spec);
   std::vector<SpanRecord> records = Records();
   records[1].beyond_window = 1e-30f;
-  EXPECT_DEATH(AddRow(spec, records, 39, Tokens(40), 7, sums), "beyond_window");
+  EXPECT_DEATH(AddRow(spec, RowOf(records), 39, Tokens(40), 7, sums), "beyond_window");
 }
 
 TEST(AttentionSpans, ResetForgetsTheSumsButNotTheSequenceNumber) {
   const ModelSpec spec = Hybrid();
   AttentionSpans spans(spec);
-  spans.Add(Records(), 39, Tokens(40), 7);
+  spans.Add(RowOf(Records()), 39, Tokens(40), 7);
   spans.CountStep(true);
   spans.CountStep(false);
   spans.CountRequest();
@@ -148,7 +150,7 @@ TEST(AttentionSpans, ASnapshotNeverSeesHalfARow) {
   AttentionSpans spans(spec);
   std::thread writer([&] {
     const std::vector<int32_t> tokens = Tokens(40);
-    for (int i = 0; i < 2000; ++i) spans.Add(Records(), 39, tokens, 7);
+    for (int i = 0; i < 2000; ++i) spans.Add(RowOf(Records()), 39, tokens, 7);
   });
   for (int i = 0; i < 200; ++i) {
     const SpanSnapshot got = spans.Snapshot();
