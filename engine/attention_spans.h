@@ -1,6 +1,7 @@
 #pragma once
 // Totals of attention spans since start or reset, per layer and query head. The engine thread adds
-// records of observed steps; any thread takes a snapshot without waiting for a step (short mutex).
+// records of observed steps, a step's while the device is at the next or when a request ends; any
+// thread takes a snapshot without waiting for a step (short mutex).
 #include <cstdint>
 #include <vector>
 

@@ -77,7 +77,8 @@ struct Engine::Impl {
                const std::optional<SpanRow>& row, bool sampled);
   void Take(Active& active, Sequence& sequence, Drawn drawn, const std::optional<SpanRow>& row,
             bool sampled);
-  void Observe(Active& active, const Sequence& sequence, const SpanRow& row, bool sampled);
+  void KeepProbes(Active& active, const SpanRow& row);
+  void AddSpans();
   void TellPrompt(Active& active);
   void Finish(Active& active, Sequence& sequence);
 
@@ -87,6 +88,14 @@ struct Engine::Impl {
   void LeaveQueue(Active& active);
   void Publish();
   bool CleanWhenIdle() const;
+
+  // An observed row of the last step, whose token was taken.
+  struct Observation {
+    Active* active = nullptr;
+    const Sequence* sequence = nullptr;
+    SpanRow row;
+    bool sampled = false;
+  };
 
   // What one item of a batch belongs to.
   struct Owner {
@@ -114,7 +123,8 @@ struct Engine::Impl {
   EngineStats local;            // published under mu after each step
   int left_queue_requests = 0;  // since the last Publish()
   int64_t left_queue_tokens = 0;
-  DrawList draws;  // of the step
+  DrawList draws;                         // of the step
+  std::vector<Observation> observations;  // that AddSpans() has not added yet
   std::vector<float> logit_row;
 
   // --- Any thread ---

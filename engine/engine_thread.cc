@@ -226,6 +226,7 @@ void Engine::Impl::Execute(const Batch& batch) {
   const std::vector<StageItem> plan = Plan(batch, sample_spans);
   const StagedStep staged = stager.Stage(plan, *cache);
   const View logits = model.Forward(staged.step);
+  AddSpans();  // of the step before, while the device is at this one
   ++local.steps;
   local.step_rows += staged.step.batch.rows;
 
@@ -404,7 +405,10 @@ void Engine::Impl::Take(Active& active, Sequence& sequence, Drawn drawn,
   active.first_token = std::min(active.first_token, now);
   active.last_token = now;
   ++local.generation_tokens;
-  if (row.has_value()) Observe(active, sequence, *row, sampled);
+  if (row.has_value()) {
+    if (!active.prompt_done && !active.request.probes.empty()) KeepProbes(active, *row);
+    observations.push_back({&active, &sequence, *row, sampled});
+  }
   if (!active.prompt_done) TellPrompt(active);
   active.sink(std::move(event));
 }
@@ -419,26 +423,33 @@ void Engine::Impl::TellPrompt(Active& active) {
   active.sink(std::move(prompt));
 }
 
-void Engine::Impl::Observe(Active& active, const Sequence& sequence, const SpanRow& row,
-                           bool sampled) {
-  // The sequence already ends with the token that was drawn; the row is that of the one before it.
-  const auto tokens = absl::MakeConstSpan(sequence.tokens()).first(sequence.tokens().size() - 1);
-  const int32_t next = sequence.tokens().back();
-  const int64_t position = static_cast<int64_t>(tokens.size()) - 1;
-  if (!active.prompt_done && !active.request.probes.empty()) {
-    const std::vector<LayerSpec>& layers = model.spec().layers;
-    active.probe_mass.assign(layers.size(), std::vector<float>(model.max_heads()));
-    for (size_t l = 0; l < layers.size(); ++l) {
-      const int heads = std::get<AttentionSpec>(layers[l].mixer).heads;
-      const SpanRecord* records = row.Layer(static_cast<int>(l), heads);
-      for (int h = 0; h < heads; ++h) active.probe_mass[l][h] = records[h].probe_mass;
+void Engine::Impl::KeepProbes(Active& active, const SpanRow& row) {
+  const std::vector<LayerSpec>& layers = model.spec().layers;
+  active.probe_mass.assign(layers.size(), std::vector<float>(model.max_heads()));
+  for (size_t l = 0; l < layers.size(); ++l) {
+    const int heads = std::get<AttentionSpec>(layers[l].mixer).heads;
+    const SpanRecord* records = row.Layer(static_cast<int>(l), heads);
+    for (int h = 0; h < heads; ++h) active.probe_mass[l][h] = records[h].probe_mass;
+  }
+}
+
+// To be called before one of the observed sequences takes another token or its request ends.
+void Engine::Impl::AddSpans() {
+  for (const auto& [active, sequence, row, sampled] : observations) {
+    // The sequence already ends with the token that was drawn; the row is that of the one before.
+    const auto tokens =
+        absl::MakeConstSpan(sequence->tokens()).first(sequence->tokens().size() - 1);
+    const int32_t next = sequence->tokens().back();
+    const int64_t position = static_cast<int64_t>(tokens.size()) - 1;
+    if (sampled) {
+      spans.Add(row, position, tokens, next);
+      if (!std::exchange(active->counted_in_spans, true)) spans.CountRequest();
+    }
+    if (active->spans.has_value()) {
+      AddRow(model.spec(), row, position, tokens, next, *active->spans);
     }
   }
-  if (sampled) {
-    spans.Add(row, position, tokens, next);
-    if (!std::exchange(active.counted_in_spans, true)) spans.CountRequest();
-  }
-  if (active.spans.has_value()) AddRow(model.spec(), row, position, tokens, next, *active.spans);
+  observations.clear();
 }
 
 // --- The end of things ---
@@ -458,6 +469,7 @@ void Engine::Impl::Release(Sequence& sequence) {
 void Engine::Impl::End(const std::string& id, absl::Status status) {
   const auto it = requests.find(id);
   CHECK(it != requests.end()) << id;
+  AddSpans();
   const std::unique_ptr<Active> active = std::move(it->second);
   requests.erase(it);
   LeaveQueue(*active);
