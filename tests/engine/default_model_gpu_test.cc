@@ -22,8 +22,9 @@ using testing::Outcome;
 // Of a logprob. Products of more than 8 rows round activations to bf16, 2^-9 of each number: done
 // by the CPU, that moved the logprobs of these prompts by up to 0.024.
 constexpr double kTolerance = 0.05;
-// Of fewer rows: sums in another order, and keys that then round to the cache's other bf16.
-constexpr double kFewRowsTolerance = 0.005;
+// Of fewer rows: sums in another order, and keys that then round to the cache's other bf16. On an
+// H100 that moved one by 0.007.
+constexpr double kFewRowsTolerance = 0.01;
 // Two tokens' logits may each err by kTolerance; below this margin either may lead. Of the 1,280
 // tokens of the CPU's 20 answers here 86 lead by less.
 constexpr double kNearTie = 2 * kTolerance;
