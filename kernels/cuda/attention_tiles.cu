@@ -40,19 +40,6 @@ struct Shape {
   static constexpr size_t bytes = sizeof(bf16) * (2 * query + 4 * stage);
 };
 
-__device__ __forceinline__ uint32_t Pack(bf16 low, bf16 high) {
-  return static_cast<uint32_t>(__bfloat16_as_ushort(low)) |
-         static_cast<uint32_t>(__bfloat16_as_ushort(high)) << 16;
-}
-
-// x and y as a pair of bf16 and the pair of what that leaves of them.
-__device__ __forceinline__ void Split(float x, float y, uint32_t* high, uint32_t* low) {
-  const bf16 hx = __float2bfloat16_rn(x), hy = __float2bfloat16_rn(y);
-  *high = Pack(hx, hy);
-  *low = Pack(__float2bfloat16_rn(x - __bfloat162float(hx)),
-              __float2bfloat16_rn(y - __bfloat162float(hy)));
-}
-
 // Where splits leave what they know.
 struct Splits {
   int first_tile;  // of the launch
@@ -134,8 +121,8 @@ __global__ void __launch_bounds__(kThreads) Attend(const Problem p, const Splits
       y = from[1] * scale;
     }
     const int at = r * S::stride + d;
-    Split(x, y, reinterpret_cast<uint32_t*>(query_high + at),
-          reinterpret_cast<uint32_t*>(query_low + at));
+    SplitBf16(x, y, reinterpret_cast<uint32_t*>(query_high + at),
+              reinterpret_cast<uint32_t*>(query_low + at));
   }
 
   const auto LoadKeys = [&](int block) {
@@ -237,8 +224,8 @@ __global__ void __launch_bounds__(kThreads) Attend(const Problem p, const Splits
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float(&w)[4] = score[k / 8 + half];
-        Split(w[0], w[1], &high[2 * half], &low[2 * half]);
-        Split(w[2], w[3], &high[2 * half + 1], &low[2 * half + 1]);
+        SplitBf16(w[0], w[1], &high[2 * half], &low[2 * half]);
+        SplitBf16(w[2], w[3], &high[2 * half + 1], &low[2 * half + 1]);
       }
 #pragma unroll
       for (int d = 0; d < kDim; d += 16) {

@@ -13,18 +13,36 @@ __device__ __forceinline__ uint32_t Shared(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// x and y as a pair of bf16 and the pair of what that leaves of them: 16 bits of each.
+__device__ __forceinline__ void SplitBf16(float x, float y, uint32_t* high, uint32_t* low) {
+  const auto Pack = [](__nv_bfloat16 first, __nv_bfloat16 second) {
+    return static_cast<uint32_t>(__bfloat16_as_ushort(first)) |
+           static_cast<uint32_t>(__bfloat16_as_ushort(second)) << 16;
+  };
+  const __nv_bfloat16 hx = __float2bfloat16_rn(x), hy = __float2bfloat16_rn(y);
+  *high = Pack(hx, hy);
+  *low = Pack(__float2bfloat16_rn(x - __bfloat162float(hx)),
+              __float2bfloat16_rn(y - __bfloat162float(hy)));
+}
+
 // Four 8 x 8 matrices; lane l gives the address of row l % 8 of matrix l / 8.
-template <class T>
-__device__ __forceinline__ void LoadMatrices(uint32_t (&to)[4], const T* row) {
+__device__ __forceinline__ void LoadMatrices(uint32_t (&to)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(Shared(row)));
+               : "r"(row));
+}
+__device__ __forceinline__ void LoadTransposed(uint32_t (&to)[4], uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(row));
+}
+template <class T>
+__device__ __forceinline__ void LoadMatrices(uint32_t (&to)[4], const T* row) {
+  LoadMatrices(to, Shared(row));
 }
 template <class T>
 __device__ __forceinline__ void LoadTransposed(uint32_t (&to)[4], const T* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(Shared(row)));
+  LoadTransposed(to, Shared(row));
 }
 
 // sum[16, 8] += a[16, 16] · b[16, 8]. Lane l has of sum rows l / 4 (elements 0, 1) and l / 4 + 8,
