@@ -1,13 +1,13 @@
 // Softmax attention over paged and ring caches, row by row; many rows of a sequence go to
-// attention_tiles.cu. Bytes: each visible key and value once per KV head (once per 4 query heads of
-// it); operations: 4 * head_dim per query head and key.
+// attention_tiles.cu. Bytes: each visible key and value once per KV head (once per 8 query heads of
+// it, 4 in fp32); operations: 4 * head_dim per query head and key.
 //
 // A row's keys are cut into splits by the row's own length alone, so that its result depends
 // neither on its neighbours nor on the chunk it arrived in. A block makes one split's partial
-// result (attention_splits.cu where keys are bf16), and a second kernel merges a row's splits in
-// order. Splits of observed rows also leave their scores, from which a third kernel, beside
-// the second, makes records (attention_spans.cu); of an observed row that is attended in a tile,
-// splits are made for that.
+// result (where keys are bf16 a warp, attention_splits.cu), and a second kernel merges a row's
+// splits in order. Splits of observed rows also leave their scores, from which a third kernel,
+// beside the second, makes records (attention_spans.cu); of an observed row that is attended in a
+// tile, splits are made for that.
 #include <algorithm>
 
 #include "kernels/cuda/attention.cuh"
@@ -127,8 +127,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) Partial(const Piece p) {
     if (h < heads) {
       float top = tops[0];
       for (int w = 1; w < kWarps; ++w) top = fmaxf(top, tops[w]);
-      const int64_t index = (int64_t{blockIdx.x} * p.heads + first_head + h) * kMaxSplits + split;
-      float* to = p.partial + index * (p.dim + 2);
+      float* to = Partials(p, blockIdx.x, first_head + h, split);
       for (int d = threadIdx.x; d < p.dim; d += kWarps * kWarp) {
         float all = 0;
         for (int w = 0; w < kWarps; ++w) all += expf(tops[w] - top) * sums[w][d];
@@ -149,7 +148,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) Partial(const Piece p) {
 __global__ void __launch_bounds__(kMergeThreads) Merge(const Piece p) {
   const int row_index = p.first_row + blockIdx.x, head = blockIdx.y;
   const int splits = Row(p, row_index).splits;
-  const int stride = p.dim + 2;
+  const int stride = PartialStride(p.dim);
   const float* from = Partials(p, blockIdx.x, head, 0);
   __shared__ float tops[kMaxSplits], factors[kMaxSplits];
   static_assert(kMaxSplits <= kMergeThreads);
@@ -203,7 +202,7 @@ class Splits {
       : context_(context), spans_(a.spans), piece_{problem} {
     const bool observes = spans_.count > 0;
     piece_.score_stride = observes ? MostKeys(problem) : 0;
-    const size_t partial = sizeof(float) * problem.heads * kMaxSplits * (problem.dim + 2);
+    const size_t partial = sizeof(float) * problem.heads * kMaxSplits * PartialStride(problem.dim);
     const size_t scores = sizeof(float) * problem.heads * piece_.score_stride;
     CHECK_LE(partial + scores, BackendContext::kWorkspaceBytes);
     most_ = static_cast<int>(

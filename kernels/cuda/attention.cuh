@@ -59,13 +59,14 @@ __device__ __forceinline__ float Cap(float score, float softcap) {
   return softcap > 0 ? softcap * tanhf(score / softcap) : score;
 }
 
-constexpr int kSplitKeys = 64;  // a row with fewer keys is not split
+constexpr int kSplitKeys = 128;  // a row with fewer keys is not split
 constexpr int kMaxSplits = 64;
+constexpr int kSplitUnit = 16;  // splits begin at multiples of it from the first key on
 
 // The rows that one launch takes, and where their partial results go. out may be nullptr.
 struct Piece : Problem {
   int first_row;
-  float* partial;  // [rows of the launch, heads, kMaxSplits, dim + 2]: sums, then maximum and total
+  float* partial;  // [rows of the launch, heads, kMaxSplits, PartialStride(dim)]
   // Of all these rows where any is observed, else nullptr: [rows of the launch, heads,
   // score_stride], from the first key seen on.
   float* scores;
@@ -73,8 +74,10 @@ struct Piece : Problem {
   int first_observed;    // the first of SpanRequest::rows among them
 };
 
+// Of a partial result: sums, then maximum and total, in whole vectors of four.
+__host__ __device__ constexpr int PartialStride(int dim) { return (dim + 2 + 3) / 4 * 4; }
 __device__ __forceinline__ float* Partials(const Piece& p, int row, int head, int split) {
-  return p.partial + ((int64_t{row} * p.heads + head) * kMaxSplits + split) * (p.dim + 2);
+  return p.partial + ((int64_t{row} * p.heads + head) * kMaxSplits + split) * PartialStride(p.dim);
 }
 __device__ __forceinline__ float* Scores(const Piece& p, int row, int head) {
   return p.scores + (int64_t{row} * p.heads + head) * p.score_stride;
@@ -109,7 +112,8 @@ struct Row {
     first = p.window > 0 ? max(0, position - p.window + 1) : 0;
     const int keys = position - first + 1;
     splits = min((keys + kSplitKeys - 1) / kSplitKeys, kMaxSplits);
-    chunk = (keys + splits - 1) / splits;
+    chunk = (keys + splits * kSplitUnit - 1) / (splits * kSplitUnit) * kSplitUnit;
+    splits = (keys + chunk - 1) / chunk;
   }
 };
 

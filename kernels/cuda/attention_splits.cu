@@ -1,7 +1,18 @@
-// Partial results of a row's splits from bf16 keys and values, as fast as memory gives them: each
-// warp keeps kStages loads of kWarpKeys keys and values under way, past the registers.
+// Partial results of rows' splits from bf16 keys and values, as fast as memory gives them.
+//
+// One block a multiprocessor, and each warp for itself: it takes items (one split of one row, for
+// up to kHeads query heads of a KV head) in turn and copies their keys and values through a ring of
+// its own. The copies run on into its next item, so memory does not wait for the end of one.
+// Splits follow from a row's own length: whichever warp takes one finds the same numbers.
+//
+// The tensor cores multiply. Queries and probabilities are fp32: each is the sum of two bf16, which
+// keeps 16 bits of it. The 16 rows of a product of queries are 8 heads' high and low parts.
+#include <algorithm>
+#include <type_traits>
+
 #include "kernels/cuda/attention.cuh"
 #include "kernels/cuda/check_cuda.h"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/tensor_cores.cuh"
 
 namespace longspan::cuda {
@@ -9,255 +20,351 @@ namespace {
 
 using Bf16 = __nv_bfloat16;
 
-constexpr int kWarps = 4;
-constexpr int kKeyLanes = 8;  // lanes that share a key; each has 8 dims of every 64
-constexpr int kWarpKeys = kWarp / kKeyLanes;
-constexpr int kStepKeys = kWarps * kWarpKeys;
-constexpr int kStages = 4;
+constexpr int kHeads = 8;
+constexpr int kStep = 16;   // keys, or values, of a stage
 constexpr int kVector = 8;  // elements of 16 bytes
-constexpr int kChunk = kKeyLanes * kVector;
 
-__device__ __forceinline__ void CopyAsync(uint4* to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(Shared(to)), "l"(from));
-}
-__device__ __forceinline__ void Unpack(uint4 raw, float (&to)[kVector]) {
-  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    to[2 * i] = __uint_as_float(words[i] << 16);
-    to[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
-  }
-}
+// A split of a row, for some query heads of a KV head.
+struct Item {
+  int row;    // of the launch
+  int first;  // key that the row sees
+  int split, first_head, heads;
+  int begin, end;  // of its keys; equal: there is no item
+};
 
-// Where the keys of one lane lie: it takes every kStepKeys-th from `j` on.
-class Cursor {
+// What one warp copies to and computes from.
+template <int kDim>
+struct alignas(128) Ring {
+  static constexpr int kWarps = kDim > 128 ? 8 : 12;  // of a block: what registers allow
+  static constexpr int kStages = kDim > 128 ? 3 : 4;
+
+  Bf16 stages[kStages][kStep][kDim];
+  Item items[kStages];  // of the stages, and the one after them
+};
+
+// Copies the stages of a warp's items, one after another, each item's as keys, values, keys, values
+// and so on. Lane l knows where row l % kStep of the next ones lies: half of the lanes of the keys,
+// half of the values.
+template <int kDim>
+class Reader {
  public:
-  __device__ Cursor(const Problem& p, const Row& row, int kv_head, int j)
-      : p_(p), row_(row), kv_head_(kv_head), j_(j) {
-    slot_ = j / p.cache.page_tokens % p.cache.slots;
-    in_page_ = j % p.cache.page_tokens;
+  // `next`: how many items the block's warps have taken.
+  __device__ Reader(const Piece& p, int rows, Ring<kDim>& ring, int& next)
+      : p_(p), rows_(rows), ring_(ring), next_(next) {
+    CountSplits();
+    Open();
   }
-  __device__ int j() const { return j_; }
-  __device__ void Locate(const Bf16** key, const Bf16** value) const {
-    if (j_ >= row_.start) {
-      const int64_t r = row_.flight + j_ - row_.start;
-      *key = static_cast<const Bf16*>(p_.key) + r * p_.key_row + kv_head_ * p_.key_head;
-      *value = static_cast<const Bf16*>(p_.value) + r * p_.value_row + kv_head_ * p_.value_head;
-      return;
+
+  // The next stage comes to `to`; behind the last, nothing. Vector v of row r lies where v ^ r % 8
+  // would, so that neither copies nor ldmatrix meet a bank twice.
+  template <bool kValues>
+  __device__ __forceinline__ void Fetch(uint32_t to) {
+    if (j_ < end_) {
+      constexpr int kVectors = kDim / kVector, kRows = kWarp / kVectors;  // of one instruction
+      const int lane = threadIdx.x % kWarp, row = lane / kVectors, vector = lane % kVectors;
+      const auto from = reinterpret_cast<uintptr_t>(base_ + kPageUnitBytes * unit_);
+      const int last = min(kStep, end_ - j_) - 1;  // of rows; it stands for those behind it
+      to += row * kDim * sizeof(Bf16) + (vector ^ row) * sizeof(uint4);
+#pragma unroll
+      for (int i = 0; i < kStep; i += kRows) {
+        const uintptr_t at = __shfl_sync(~0u, from, kValues * kStep + min(i + row, last));
+        CopyAsync((to ^ (i % 8 * sizeof(uint4))) + i * kDim * sizeof(Bf16),
+                  reinterpret_cast<const uint4*>(at) + vector, vector * kVector < p_.dim);
+      }
+      if (kValues) Advance();
     }
-    const int64_t unit = p_.cache.table[row_.sequence * p_.cache.table_stride + slot_];
-    const std::byte* page = p_.cache.arena + kPageUnitBytes * unit;
-    const int64_t at = (int64_t{kv_head_} * p_.cache.page_tokens + in_page_) * p_.dim;
-    *key = reinterpret_cast<const Bf16*>(page + p_.cache.key_offset) + at;
-    *value = reinterpret_cast<const Bf16*>(page + p_.cache.value_offset) + at;
+    Commit();
+  }
+
+ private:
+  // Splits of the rows from first_row_ on: a lane knows its row's and those up to it.
+  __device__ void CountSplits() {
+    const int lane = threadIdx.x % kWarp;
+    splits_ = first_row_ + lane < rows_ ? Row(p_, p_.first_row + first_row_ + lane).splits : 0;
+    through_ = splits_;
+#pragma unroll
+    for (int offset = 1; offset < kWarp; offset *= 2) {
+      const int other = __shfl_up_sync(~0u, through_, offset);
+      if (lane >= offset) through_ += other;
+    }
+  }
+  // Takes the next item: those of the launch are split after split, row after row, and each block
+  // has every so many of them.
+  __device__ void Open() {
+    const int lane = threadIdx.x % kWarp;
+    int item = lane == 0 ? atomicAdd(&next_, 1) : 0;
+    item = __shfl_sync(~0u, item, 0) * gridDim.x + blockIdx.x;
+    const int groups = (p_.group + kHeads - 1) / kHeads, parts = p_.cache.kv_heads * groups;
+    const int part = item % parts, wanted = item / parts;
+    Item& opened = ring_.items[opened_];
+    if (++opened_ == Ring<kDim>::kStages) opened_ = 0;
+    for (;;) {
+      const int all = __shfl_sync(~0u, through_, kWarp - 1);
+      if (wanted < before_ + all) break;
+      before_ += all;
+      first_row_ += kWarp;
+      if (first_row_ >= rows_) {
+        opened.begin = opened.end = j_ = end_ = 0;
+        return;
+      }
+      CountSplits();
+    }
+    const int at = __ffs(__ballot_sync(~0u, wanted < before_ + through_)) - 1;
+    const int split = wanted - before_ - __shfl_sync(~0u, through_ - splits_, at);
+    const Row row(p_, p_.first_row + first_row_ + at);
+    kv_head_ = part / groups;
+    const int first_head = kv_head_ * p_.group + part % groups * kHeads;
+    j_ = row.first + split * row.chunk;
+    end_ = min(j_ + row.chunk, row.position + 1);
+    opened = {first_row_ + at,
+              row.first,
+              split,
+              first_head,
+              min(kHeads, (kv_head_ + 1) * p_.group - first_head),
+              j_,
+              end_};
+    sequence_ = row.sequence;
+    start_ = row.start;
+    flight_ = row.flight;
+    const int j = j_ + lane % kStep;
+    slot_ = j / p_.cache.page_tokens;
+    in_page_ = j - slot_ * p_.cache.page_tokens;
+    slot_ %= p_.cache.slots;
+    Locate();
   }
   __device__ void Advance() {
-    j_ += kStepKeys;
-    in_page_ += kStepKeys;
+    j_ += kStep;
+    if (j_ >= end_) return Open();
+    in_page_ += kStep;
     while (in_page_ >= p_.cache.page_tokens) {
       in_page_ -= p_.cache.page_tokens;
       if (++slot_ == p_.cache.slots) slot_ = 0;
     }
+    Locate();
+  }
+  // The table's entry is asked for a stage before it is used.
+  __device__ void Locate() {
+    const int j = j_ + threadIdx.x % kStep;
+    const bool values = threadIdx.x % kWarp >= kStep;
+    unit_ = 0;
+    if (j >= start_) {
+      const int64_t r = flight_ + j - start_;
+      base_ = static_cast<const std::byte*>(values ? p_.value : p_.key) +
+              sizeof(Bf16) * (values ? r * p_.value_row + kv_head_ * p_.value_head
+                                     : r * p_.key_row + kv_head_ * p_.key_head);
+      return;
+    }
+    base_ = p_.cache.arena + (values ? p_.cache.value_offset : p_.cache.key_offset) +
+            sizeof(Bf16) * (int64_t{kv_head_} * p_.cache.page_tokens + in_page_) * p_.dim;
+    if (j < end_) unit_ = p_.cache.table[sequence_ * p_.cache.table_stride + slot_];
   }
 
- private:
-  const Problem& p_;
-  const Row& row_;
-  int kv_head_, j_, slot_, in_page_;
+  const Piece& p_;
+  const int rows_;
+  Ring<kDim>& ring_;
+  int& next_;
+  int opened_ = 0, first_row_ = 0, before_ = 0, splits_, through_;
+  int j_, end_;  // of the item: the next stages' first key, and where keys end
+  int sequence_, start_, flight_, kv_head_, slot_, in_page_;
+  const std::byte* base_;
+  int32_t unit_;
 };
 
-// grid: rows, KV heads times groups of kHeads query heads, splits. Each group of kKeyLanes lanes
-// has a softmax of its own until the end.
-template <int kChunks, int kHeads, bool kObserve>
-__global__ void __launch_bounds__(kWarps* kWarp) Split(const Piece p) {
-  extern __shared__ uint4 memory[];  // [warps, stages, key and value, chunks, lanes]
-  const int row_index = p.first_row + blockIdx.x;
-  const Row row(p, row_index);
-  const int split = blockIdx.z;
-  if (split >= row.splits) return;
-  const int groups = (p.group + kHeads - 1) / kHeads;
-  const int kv_head = blockIdx.y / groups;
-  const int first_head = kv_head * p.group + blockIdx.y % groups * kHeads;
-  const int heads = min(kHeads, (kv_head + 1) * p.group - first_head);
-  const int begin = row.first + split * row.chunk;
-  const int end = min(begin + row.chunk, row.position + 1);
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, part = lane % kKeyLanes;
-  const int first = begin + warp * kWarpKeys + lane / kKeyLanes;
+// grid: up to a block a multiprocessor.
+template <int kDim, bool kObserve>
+__global__ void __launch_bounds__(Ring<kDim>::kWarps* kWarp, 1) Split(const Piece p, int rows) {
+  constexpr int kTiles = kDim / 16;
+  constexpr int kStages = Ring<kDim>::kStages;
+  extern __shared__ __align__(128) unsigned char memory[];
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  Ring<kDim>& ring = reinterpret_cast<Ring<kDim>*>(memory)[warp];
+  __shared__ int next;
+  if (threadIdx.x == 0) next = 0;
+  __syncthreads();
+  LetNextBegin();
 
-  constexpr int kStageStride = 2 * kChunks * kWarp;
-  uint4* own = memory + warp * kStages * kStageStride + lane;
-  const auto has = [&](int c) { return c * kChunk + part * kVector < p.dim; };
-  Cursor ahead(p, row, kv_head, first);
-  const auto Fetch = [&](int stage) {
-    if (ahead.j() < end) {
-      const Bf16 *key, *value;
-      ahead.Locate(&key, &value);
-      uint4* to = own + stage * kStageStride;
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c) {
-        if (!has(c)) continue;
-        CopyAsync(to + c * kWarp, key + c * kChunk + part * kVector);
-        CopyAsync(to + (kChunks + c) * kWarp, value + c * kChunk + part * kVector);
-      }
-    }
-    ahead.Advance();
-    Commit();
-  };
-#pragma unroll
-  for (int s = 0; s < kStages - 1; ++s) Fetch(s);
-
-  float query[kHeads][kChunks][kVector], sum[kHeads][kChunks][kVector] = {};
-  float highest[kHeads], total[kHeads] = {};
-#pragma unroll
-  for (int h = 0; h < kHeads; ++h) {
-    const float* from =
-        p.query + row_index * p.query_row + (first_head + min(h, heads - 1)) * p.query_head;
-    highest[h] = -INFINITY;
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        query[h][c][i] = has(c) ? from[c * kChunk + part * kVector + i] * p.scale : 0.0f;
-      }
+  Reader<kDim> reader(p, rows, ring, next);
+  AwaitEarlier();
+  constexpr uint32_t kStageBytes = sizeof ring.stages[0];
+  const uint32_t stages = Shared(ring.stages);
+#pragma unroll 1
+  for (int s = 0; s < kStages; ++s) {
+    if (s % 2 == 0) {
+      reader.template Fetch<false>(stages + s * kStageBytes);
+    } else {
+      reader.template Fetch<true>(stages + s * kStageBytes);
     }
   }
-
-  for (int j = first, stage = 0; j - lane / kKeyLanes < end; j += kStepKeys) {
-    Fetch(stage == 0 ? kStages - 1 : stage - 1);
+  int stage = 0;
+  const auto AwaitStage = [&] {
     Await<kStages - 1>();
-    const uint4* from = own + stage * kStageStride;
-    stage = stage == kStages - 1 ? 0 : stage + 1;
-    float score[kHeads] = {};
+    __syncwarp();
+    return stages + stage * kStageBytes;
+  };
+  const auto Refill = [&](uint32_t at, auto values) {
+    __syncwarp();
+    reader.template Fetch<decltype(values)::value>(at);
+    if (++stage == kStages) stage = 0;
+  };
+  // Of a product's sum a lane has a row (and that 8 below) and two columns, as tensor_cores.cuh
+  // says; of four 8 x 8 matrices, here 16 keys of 16 channels, it points to a row.
+  const int sum_row = lane / 4, column = lane % 4 * 2;
+  const uint32_t matrix_row = (lane % 8 + lane / 16 * 8) * kDim * sizeof(Bf16) +
+                              ((lane / 8 % 2) ^ (lane % 8)) * sizeof(uint4);
+  const auto Matrices = [&](uint32_t stage, int tile) {
+    return ((stage + matrix_row) ^ (tile % 4 * 2 * sizeof(uint4))) + tile / 4 * 8 * sizeof(uint4);
+  };
+
+  for (int taken = 0;; taken = taken == kStages - 1 ? 0 : taken + 1) {
+    __syncwarp();
+    const Item item = ring.items[taken];
+    if (item.begin == item.end) break;
+    float2 channels[kTiles][2];
+    const float* from = p.query + (p.first_row + item.row) * p.query_row +
+                        (item.first_head + min(sum_row, item.heads - 1)) * p.query_head;
 #pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-      if (j >= end || !has(c)) continue;
-      float key[kVector];
-      Unpack(from[c * kWarp], key);
+    for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
-      for (int h = 0; h < kHeads; ++h) {
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) score[h] = fmaf(query[h][c][i], key[i], score[h]);
+      for (int half = 0; half < 2; ++half) {
+        const int d = min(16 * t + 8 * half + column, p.dim - 2);
+        channels[t][half] = *reinterpret_cast<const float2*>(from + d);
       }
     }
+    uint32_t query[kTiles][4];  // high and low parts of heads are rows that a lane has both of
 #pragma unroll
-    for (int h = 0; h < kHeads; ++h) {
+    for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
-      for (int offset = kKeyLanes / 2; offset > 0; offset /= 2) {
-        score[h] += __shfl_xor_sync(~0u, score[h], offset);
+      for (int half = 0; half < 2; ++half) {
+        const bool has = sum_row < item.heads && 16 * t + 8 * half + column < p.dim;
+        const float scale = has ? p.scale : 0.0f;
+        SplitBf16(channels[t][half].x * scale, channels[t][half].y * scale, &query[t][2 * half],
+                  &query[t][2 * half + 1]);
       }
     }
-    if (j >= end) continue;
-    float weight[kHeads];
+    float sum[kTiles][4] = {};             // [channels, heads]
+    float highest = -INFINITY, total = 0;  // of head sum_row; the total of this lane's keys
+
+    for (int j = item.begin; j < item.end; j += kStep) {
+      const uint32_t keys = AwaitStage();
+      float product[2][2][4] = {};  // [even and odd tiles, halves of the keys]: [heads, keys]
 #pragma unroll
-    for (int h = 0; h < kHeads; ++h) {
-      const float s = Cap(score[h], p.softcap);
-      if (kObserve && part == 0 && h < heads) {
-        Scores(p, blockIdx.x, first_head + h)[j - row.first] = s;
+      for (int t = 0; t < kTiles; ++t) {
+        uint32_t key[4];
+        LoadMatrices(key, Matrices(keys, t));
+        Multiply<Bf16>(product[t % 2][0], query[t], key[0], key[1]);
+        Multiply<Bf16>(product[t % 2][1], query[t], key[2], key[3]);
       }
-      const float most = fmaxf(highest[h], s);
-      const float rescale = __expf(highest[h] - most);
-      weight[h] = __expf(s - most);
-      total[h] = total[h] * rescale + weight[h];
-      highest[h] = most;
-      if (rescale == 1.0f) continue;
+      Refill(keys, std::bool_constant<kStages % 2 == 1>{});
+      float score[4];  // of keys j + Key(0..3)
+      const auto Key = [&](int i) { return 8 * (i / 2) + column + i % 2; };
 #pragma unroll
-      for (int c = 0; c < kChunks; ++c) {
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) sum[h][c][i] *= rescale;
+      for (int i = 0; i < 4; ++i) {
+        const float(&even)[4] = product[0][i / 2], (&odd)[4] = product[1][i / 2];
+        score[i] = even[i % 2] + odd[i % 2] + (even[i % 2 + 2] + odd[i % 2 + 2]);
       }
+      if (p.softcap > 0) {
+#pragma unroll
+        for (float& s : score) s = Cap(s, p.softcap);
+      }
+      float most = -INFINITY;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int at = j + Key(i);
+        if (kObserve && at < item.end && sum_row < item.heads) {
+          Scores(p, item.row, item.first_head + sum_row)[at - item.first] = score[i];
+        }
+        if (at >= item.end) score[i] = -INFINITY;
+        most = fmaxf(most, score[i]);
+      }
+      most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
+      most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+      if (__any_sync(~0u, most > highest)) {
+        most = fmaxf(most, highest);
+        const float rescale = __expf(highest - most);
+        highest = most;
+        total *= rescale;
+        const float by[2] = {__shfl_sync(~0u, rescale, column * 4),
+                             __shfl_sync(~0u, rescale, column * 4 + 4)};
+#pragma unroll
+        for (auto& four : sum) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) four[i] *= by[i % 2];
+        }
+      }
+      uint32_t high[2], low[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float weight[2] = {__expf(score[2 * half] - highest),
+                                 __expf(score[2 * half + 1] - highest)};
+        total += weight[0] + weight[1];
+        SplitBf16(weight[0], weight[1], &high[half], &low[half]);
+      }
+
+      const uint32_t values = AwaitStage();
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t) {
+        uint32_t value[4];
+        LoadTransposed(value, Matrices(values, t));
+        Multiply<Bf16>(sum[t], value, high[0], high[1]);
+        Multiply<Bf16>(sum[t], value, low[0], low[1]);
+      }
+      Refill(values, std::bool_constant<kStages % 2 == 0>{});
+    }
+
+    total += __shfl_xor_sync(~0u, total, 1);
+    total += __shfl_xor_sync(~0u, total, 2);
+    if (lane % 4 == 0 && sum_row < item.heads) {
+      float* to = Partials(p, item.row, item.first_head + sum_row, item.split);
+      to[p.dim] = highest;
+      to[p.dim + 1] = total;
     }
 #pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-      if (!has(c)) continue;
-      float value[kVector];
-      Unpack(from[(kChunks + c) * kWarp], value);
+    for (int i = 0; i < 2; ++i) {
+      if (column + i >= item.heads) continue;
+      float* to = Partials(p, item.row, item.first_head + column + i, item.split);
 #pragma unroll
-      for (int h = 0; h < kHeads; ++h) {
+      for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
-        for (int i = 0; i < kVector; ++i) {
-          sum[h][c][i] = fmaf(weight[h], value[i], sum[h][c][i]);
+        for (int half = 0; half < 2; ++half) {
+          const int d = 16 * t + 8 * half + sum_row;
+          if (d < p.dim) to[d] = sum[t][2 * half + i];
         }
       }
     }
   }
-
-  // The block's kStepKeys groups, merged in order, head by head.
-  Await<0>();
-  __shared__ float tops[kStepKeys], totals[kStepKeys];
-  auto* sums = reinterpret_cast<float*>(memory);  // [groups, dims of whole chunks]
-  constexpr int kWidth = kChunks * kChunk;
-  const int group = threadIdx.x / kKeyLanes;
-#pragma unroll
-  for (int h = 0; h < kHeads; ++h) {
-    __syncthreads();
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-      auto* to = reinterpret_cast<float4*>(sums + group * kWidth + c * kChunk + part * kVector);
-      to[0] = make_float4(sum[h][c][0], sum[h][c][1], sum[h][c][2], sum[h][c][3]);
-      to[1] = make_float4(sum[h][c][4], sum[h][c][5], sum[h][c][6], sum[h][c][7]);
-    }
-    if (part == 0) tops[group] = highest[h], totals[group] = total[h];
-    __syncthreads();
-    if (h >= heads) continue;
-    float top = tops[0];
-#pragma unroll
-    for (int g = 1; g < kStepKeys; ++g) top = fmaxf(top, tops[g]);
-    float factor[kStepKeys], all = 0;
-#pragma unroll
-    for (int g = 0; g < kStepKeys; ++g) {
-      factor[g] = __expf(tops[g] - top);
-      all += factor[g] * totals[g];
-    }
-    const int64_t index = (int64_t{blockIdx.x} * p.heads + first_head + h) * kMaxSplits + split;
-    float* to = p.partial + index * (p.dim + 2);
-    for (int d = threadIdx.x; d < p.dim; d += kWarps * kWarp) {
-      float merged = 0;
-#pragma unroll
-      for (int g = 0; g < kStepKeys; ++g) merged += factor[g] * sums[g * kWidth + d];
-      to[d] = merged;
-    }
-    if (threadIdx.x == 0) to[p.dim] = top, to[p.dim + 1] = all;
-  }
 }
 
-template <int kChunks, int kHeads>
+template <int kDim>
 void Launch(BackendContext& context, const Piece& p, int rows) {
-  constexpr int kBytes = kWarps * kStages * kWarp * 2 * kChunks * static_cast<int>(sizeof(uint4));
-  static_assert(kBytes >= kStepKeys * kChunks * kChunk * static_cast<int>(sizeof(float)));
-  const auto kernel =
-      p.scores != nullptr ? Split<kChunks, kHeads, true> : Split<kChunks, kHeads, false>;
-  Ok(context, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
+  constexpr int kBytes = static_cast<int>(sizeof(Ring<kDim>));
+  constexpr int kOthers = 128;  // bytes of shared memory besides
+  const int warps = std::min(Ring<kDim>::kWarps, (context.max_shared_bytes - kOthers) / kBytes);
+  const auto kernel = p.scores != nullptr ? Split<kDim, true> : Split<kDim, false>;
+  Ok(context,
+     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, warps * kBytes),
      "Attention");
   const int groups = (p.group + kHeads - 1) / kHeads;
-  const dim3 grid(rows, p.cache.kv_heads * groups, MostSplits(p));
-  kernel<<<grid, kWarps * kWarp, kBytes, context.stream>>>(p);
-}
-
-// As many heads as registers hold beside the chunks.
-template <int kChunks, int kMost>
-void ForGroup(BackendContext& context, const Piece& p, int rows) {
-  if (p.group == 1) {
-    Launch<kChunks, 1>(context, p, rows);
-  } else if (p.group == 2 || kMost == 2) {
-    Launch<kChunks, 2>(context, p, rows);
-  } else {
-    Launch<kChunks, kMost>(context, p, rows);
-  }
+  const int64_t items = int64_t{rows} * p.cache.kv_heads * groups * MostSplits(p);
+  const int blocks = static_cast<int>(std::min<int64_t>(context.sm_count, items));
+  LaunchEarlyWith(context, warps * kBytes, kernel, dim3(blocks), warps * kWarp, p, rows);
 }
 
 }  // namespace
 
 bool SplitsInVectors(const Problem& p) {
-  return p.cache.dtype == DType::kBF16 && p.whole_vectors && p.dim <= 4 * kChunk;
+  return p.cache.dtype == DType::kBF16 && p.whole_vectors && p.dim <= 256;
 }
 
 void AttendSplits(BackendContext& context, const Piece& p, int rows) {
-  if (p.dim <= kChunk) {
-    ForGroup<1, 8>(context, p, rows);
-  } else if (p.dim <= 2 * kChunk) {
-    ForGroup<2, 4>(context, p, rows);
+  CHECK(reinterpret_cast<uintptr_t>(p.query) % 8 == 0 && p.query_row % 2 == 0 &&
+        p.query_head % 2 == 0)
+      << "queries are read in pairs";
+  if (p.dim <= 64) {
+    Launch<64>(context, p, rows);
+  } else if (p.dim <= 128) {
+    Launch<128>(context, p, rows);
   } else {
-    ForGroup<4, 2>(context, p, rows);
+    Launch<256>(context, p, rows);
   }
 }
 

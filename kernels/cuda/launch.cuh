@@ -31,19 +31,25 @@ __device__ __forceinline__ void Prefetch(const void* line) {
 }
 
 template <class... Parameters, class... Arguments>
-void LaunchEarly(BackendContext& context, void (*kernel)(Parameters...), dim3 grid, int threads,
-                 Arguments&&... arguments) {
+void LaunchEarlyWith(BackendContext& context, int shared_bytes, void (*kernel)(Parameters...),
+                     dim3 grid, int threads, Arguments&&... arguments) {
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
   config.stream = context.stream;
   config.attrs = &attribute;
   config.numAttrs = context.compute_capability >= 90 ? 1 : 0;
   Ok(context, cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...),
      "launching a kernel");
+}
+template <class... Parameters, class... Arguments>
+void LaunchEarly(BackendContext& context, void (*kernel)(Parameters...), dim3 grid, int threads,
+                 Arguments&&... arguments) {
+  LaunchEarlyWith(context, 0, kernel, grid, threads, std::forward<Arguments>(arguments)...);
 }
 
 }  // namespace longspan::cuda

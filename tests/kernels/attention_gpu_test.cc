@@ -66,6 +66,41 @@ TEST_F(CudaAttention, EveryGroupSizeEqualsEager) {
   }
 }
 
+// Rows are attended for 8 query heads of a KV head at a time.
+TEST_F(CudaAttention, GroupsOfMoreThanEightHeadsEqualEager) {
+  for (int dim : {64, 80, 128, 256}) {
+    AttentionCase c({.heads = 20, .kv_heads = 2, .dim = dim, .softcap = 3.0f}, {150, 16});
+    c.RunAll(*backend_, 5);
+    testing::ExpectEqualsEager(c, kTolerance, 7);
+  }
+}
+
+TEST_F(CudaAttention, PagesOfAnySizeEqualEager) {
+  for (int page_tokens : {1, 3, 8, 64, 100}) {
+    for (int window : {0, 37}) {
+      AttentionCase c({.dim = 64, .window = window, .page_tokens = page_tokens}, {290, 41});
+      c.RunAll(*backend_, 9);
+      testing::ExpectEqualsEager(c, kTolerance, 5);
+    }
+  }
+}
+
+// More rows than a warp counts the splits of at once, more splits than a multiprocessor has warps.
+TEST_F(CudaAttention, ManySequencesThatDecodeEqualEager) {
+  constexpr int kEvery = 97;
+  std::vector<int> lengths, most;
+  for (int i = 0; i < 150; ++i) {
+    lengths.push_back(1 + i % 7 * kEvery);
+    most.push_back(lengths.back() - 1);
+  }
+  for (int dim : {64, 256}) {
+    AttentionCase c({.heads = 4, .kv_heads = 2, .dim = dim}, lengths);
+    c.Step(*backend_, most, false);
+    c.Step(*backend_, std::vector<int>(lengths.size(), 1), false);
+    testing::ExpectEqualsEager(c, kTolerance, kEvery);
+  }
+}
+
 TEST_F(CudaAttention, SplitRowsEqualEager) {
   for (int dim : {8, 128, 256}) {
     AttentionCase c({.heads = 2, .kv_heads = 1, .dim = dim}, {2500});
