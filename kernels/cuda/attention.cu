@@ -19,7 +19,7 @@ namespace longspan::cuda {
 namespace {
 
 constexpr int kWarps = 4;  // of a partial block; they take its keys in turn
-constexpr int kMergeThreads = 128;
+constexpr int kMergeThreads = 256;
 constexpr int kKeys = 4;  // of a warp at a time: loads in flight before the first is used
 
 template <class T>
@@ -144,37 +144,83 @@ __global__ void __launch_bounds__(kWarps* kWarp) Partial(const Piece p) {
   }
 }
 
-// grid: rows, heads.
+// grid: rows, heads. Threads take four channels each and, side by side, every so many splits.
 __global__ void __launch_bounds__(kMergeThreads) Merge(const Piece p) {
-  const int row_index = p.first_row + blockIdx.x, head = blockIdx.y;
+  const int row_index = p.first_row + blockIdx.x, head = blockIdx.y, lane = threadIdx.x % kWarp;
   const int splits = Row(p, row_index).splits;
-  const int stride = PartialStride(p.dim);
+  const int stride = PartialStride(p.dim), fours = (p.dim + 3) / 4;
+  const int sides = kMergeThreads / fours;
+  const int side = threadIdx.x / fours, d = threadIdx.x % fours * 4;
   const float* from = Partials(p, blockIdx.x, head, 0);
-  __shared__ float tops[kMaxSplits], factors[kMaxSplits];
-  static_assert(kMaxSplits <= kMergeThreads);
   AwaitEarlier();
   LetNextBegin();  // ObserveSpans, which needs the splits alone
-  float split_total = 0;
-  if (threadIdx.x < splits) {
-    tops[threadIdx.x] = from[threadIdx.x * stride + p.dim];
-    split_total = from[threadIdx.x * stride + p.dim + 1];
+  if (p.out == nullptr) return;
+
+  // Every warp knows all factors, a lane those of every 32nd split.
+  constexpr int kPerLane = kMaxSplits / kWarp;
+  float tops[kPerLane], totals[kPerLane];
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    const int s = lane + i * kWarp;
+    tops[i] = s < splits ? from[s * stride + p.dim] : -INFINITY;
+    totals[i] = s < splits ? from[s * stride + p.dim + 1] : 0;
   }
-  __syncthreads();
+  constexpr int kAhead = 8;  // loads of a thread that do not wait for the factors
+  float4 ahead[kAhead];
+  const auto SplitOf = [&](int i) { return side < sides ? side + i * sides : kMaxSplits; };
+  const auto Sums = [&](int s) {
+    return s < splits ? *reinterpret_cast<const float4*>(from + s * stride + d) : float4{};
+  };
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) ahead[i] = Sums(SplitOf(i));
+
   float top = p.sinks != nullptr ? p.sinks[head] : -INFINITY;
-  for (int s = 0; s < splits; ++s) top = fmaxf(top, tops[s]);
-  __shared__ float totals[kMaxSplits];
-  if (threadIdx.x < splits) {
-    factors[threadIdx.x] = expf(tops[threadIdx.x] - top);
-    totals[threadIdx.x] = factors[threadIdx.x] * split_total;
+#pragma unroll
+  for (float t : tops) top = fmaxf(top, t);
+#pragma unroll
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, mask));
+  float factors[kPerLane], total = 0;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    factors[i] = expf(tops[i] - top);
+    total += factors[i] * totals[i];
   }
+  total = WarpSum(total) + (p.sinks != nullptr ? expf(p.sinks[head] - top) : 0.0f);
+
+  float4 sum = {};
+  const auto Add = [&](float factor, const float4& v) {
+    sum.x = fmaf(factor, v.x, sum.x);
+    sum.y = fmaf(factor, v.y, sum.y);
+    sum.z = fmaf(factor, v.z, sum.z);
+    sum.w = fmaf(factor, v.w, sum.w);
+  };
+  const auto Factor = [&](int s) {
+    float factor = 0;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const float of_lane = __shfl_sync(~0u, factors[i], s % kWarp);
+      if (s / kWarp == i) factor = of_lane;
+    }
+    return factor;
+  };
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) Add(Factor(SplitOf(i)), ahead[i]);
+  for (int i = kAhead; i * sides < splits; i += kAhead) {
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) ahead[k] = Sums(SplitOf(i + k));
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) Add(Factor(SplitOf(i + k)), ahead[k]);
+  }
+  __shared__ float4 sums[kMergeThreads];
+  sums[threadIdx.x] = sum;
   __syncthreads();
-  float total = p.sinks != nullptr ? expf(p.sinks[head] - top) : 0.0f;
-  for (int s = 0; s < splits; ++s) total += totals[s];
-  for (int d = threadIdx.x; d < p.dim && p.out != nullptr; d += blockDim.x) {
-    float sum = 0;
-#pragma unroll 8
-    for (int s = 0; s < splits; ++s) sum += factors[s] * from[s * stride + d];
-    StoreOut<1>(p, row_index * p.out_row + head * p.out_head + d, {sum / total});
+  if (side != 0) return;
+  for (int i = 1; i < sides; ++i) Add(1, sums[i * fours + threadIdx.x]);
+  const float values[4] = {sum.x, sum.y, sum.z, sum.w};
+  const int64_t at = row_index * p.out_row + head * p.out_head + d;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (d + i < p.dim) StoreOut<1>(p, at + i, {values[i] / total});
   }
 }
 
@@ -248,7 +294,7 @@ class Splits {
     } else {
       LaunchPartial<T, kPer, false>(context_, p, rows);
     }
-    Merge<<<dim3(rows, p.heads), kMergeThreads, 0, context_.stream>>>(p);
+    LaunchEarly(context_, Merge, dim3(rows, p.heads), kMergeThreads, p);
     if (observed > 0) ObserveSpans(context_, p, observed);
   }
 
