@@ -2,6 +2,12 @@
 
 namespace longspan {
 
+double Roofline::OperationsPerSecond(OpId op, const std::string& kind) const {
+  if (op != OpId::kMatMul) return operations_per_second;
+  const auto product = product_operations_per_second.find(kind.substr(0, kind.find(' ')));
+  return product == product_operations_per_second.end() ? operations_per_second : product->second;
+}
+
 void Backend::Account(OpId op, Work work, std::chrono::nanoseconds time) {
   OpTotals& t = profile_[static_cast<int>(op)];
   t.calls.fetch_add(1, std::memory_order_relaxed);

@@ -75,7 +75,12 @@ using OpCounts = std::map<std::pair<OpId, std::string>, OpCount>;
 // against.
 struct Roofline {
   double bytes_per_second = 0;       // read from memory far larger than the caches
-  double operations_per_second = 0;  // of its fastest dot-product instruction that ops use
+  double operations_per_second = 0;  // of the instruction that sums products in its ops
+  // The same of MatMul, by the name of its weights' type, where that takes another instruction.
+  std::map<std::string, double> product_operations_per_second = {};
+
+  // Of an op and KindOf() its arguments.
+  double OperationsPerSecond(OpId op, const std::string& kind) const;
 };
 
 struct CpuOptions {

@@ -8,6 +8,8 @@
 namespace longspan {
 
 enum class DType : uint8_t { kF32, kF16, kBF16, kI32, kQ8_0, kQ4_0, kQ5_0, kQ4_K, kQ5_K, kQ6_K };
+inline constexpr DType kBlockTypes[] = {DType::kQ8_0, DType::kQ4_0, DType::kQ5_0,
+                                        DType::kQ4_K, DType::kQ5_K, DType::kQ6_K};
 
 struct DTypeInfo {
   const char* name;

@@ -69,10 +69,17 @@ class CpuBackend : public Backend {
   }
 
   Roofline MeasureRoofline() override {
-    const int threads = context_->team.threads();
-    return {MeasuredReadBandwidth(threads),
-            std::max(MeasuredDotRate(threads, context_->simd, DotKind::kInt8),
-                     MeasuredDotRate(threads, context_->simd, DotKind::kFloat))};
+    const auto rate = [this](DotKind kind) {
+      return MeasuredDotRate(context_->team.threads(), context_->simd, kind);
+    };
+    Roofline roofline = {MeasuredReadBandwidth(context_->team.threads()),
+                         rate(DotKind::kFloat),
+                         {}};
+    const double int8 = rate(DotKind::kInt8);
+    for (const DType type : kBlockTypes) {
+      roofline.product_operations_per_second[Info(type).name] = int8;
+    }
+    return roofline;
   }
 
  private:

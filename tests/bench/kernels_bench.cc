@@ -7,7 +7,6 @@
 #include <string>
 
 #include "kernels/backend.h"
-#include "kernels/cpu/roofline.h"
 #include "tests/support/weights.h"
 
 namespace longspan {
@@ -44,10 +43,6 @@ constexpr int64_t kRowCounts[] = {1, 2, 4, 8, 64, 512};
 constexpr double kSecondsPerCase = 0.25;
 constexpr int64_t kColdBytes = int64_t{96} << 20;  // of copies of a matrix: no cache holds them
 
-struct Roof {
-  double read, float_rate, int8_rate;
-};
-
 // The matrix is copied until the caches cannot hold it, and the copies take turns: in a model, too,
 // a layer's weights have left the caches when their turn comes again.
 double BestSeconds(Backend& backend, const Shape& shape, int64_t rows, std::mt19937& random) {
@@ -77,35 +72,36 @@ double BestSeconds(Backend& backend, const Shape& shape, int64_t rows, std::mt19
   return best;
 }
 
-void Report(Backend& backend, const Shape& shape, const Roof& roof) {
+void Report(Backend& backend, const Shape& shape, const Roofline& roof) {
   std::mt19937 random(1);
   for (int64_t rows : kRowCounts) {
     if (shape.out > 100000 && rows > 8) continue;  // a step needs few rows' logits
     const double seconds = BestSeconds(backend, shape, rows, random);
     const double read = static_cast<double>(BytesOf(shape.type, shape.out * shape.in)) / seconds;
     const double rate = 2.0 * rows * shape.out * shape.in / seconds;
-    const double rate_roof = IsQuantised(shape.type) ? roof.int8_rate : roof.float_rate;
+    const double rate_roof = roof.OperationsPerSecond(OpId::kMatMul, Info(shape.type).name);
     std::printf(
         "%-18s %-5s %6lld x %4lld  rows %3lld  %10.1f us  %6.2f GB/s (%3.0f %%)  "
         "%7.1f Gop/s (%3.0f %%)\n",
         shape.name, Info(shape.type).name, static_cast<long long>(shape.out),
         static_cast<long long>(shape.in), static_cast<long long>(rows), 1e6 * seconds, 1e-9 * read,
-        100 * read / roof.read, 1e-9 * rate, 100 * rate / rate_roof);
+        100 * read / roof.bytes_per_second, 1e-9 * rate, 100 * rate / rate_roof);
     std::fflush(stdout);
   }
 }
 
 int Main(int argc, char** argv) {
   const int threads = argc > 1 ? std::atoi(argv[1]) : 0;
-  const std::string simd_name = argc > 2 ? argv[2] : SimdName(BestSimd());
+  const std::string simd = argc > 2 ? argv[2] : "";
   const std::string wanted = argc > 3 ? argv[3] : "";
-  auto backend = Backend::Cpu({.threads = threads, .simd = simd_name});
-  const Simd simd = *ParseSimd(simd_name);
-  const int team = threads > 0 ? threads : Backend::CpuThreads();
-  const Roof roof = {MeasuredReadBandwidth(team), MeasuredDotRate(team, simd, DotKind::kFloat),
-                     MeasuredDotRate(team, simd, DotKind::kInt8)};
-  std::printf("%s: reads %.1f GB/s, fp32 %.1f Gop/s, int8 %.1f Gop/s\n", backend->name().c_str(),
-              1e-9 * roof.read, 1e-9 * roof.float_rate, 1e-9 * roof.int8_rate);
+  auto backend = Backend::Cpu({.threads = threads, .simd = simd});
+  const Roofline roof = backend->MeasureRoofline();
+  const auto rate = [&](DType type) {
+    return 1e-9 * roof.OperationsPerSecond(OpId::kMatMul, Info(type).name);
+  };
+  std::printf("%s: reads %.1f GB/s, fp32 %.1f Gop/s, int8 %.1f Gop/s\n",
+              backend->name().c_str(), 1e-9 * roof.bytes_per_second, rate(DType::kF32),
+              rate(DType::kQ8_0));
   for (const Shape& shape : kShapes) {
     const std::string label = std::string(shape.name) + " " + Info(shape.type).name;
     if (label.find(wanted) != std::string::npos) Report(*backend, shape, roof);

@@ -18,10 +18,19 @@ TEST(CpuBackend, NamesItsInstructionsAndThreads) {
 }
 
 TEST(CpuBackendDeathTest, RefusesInstructionsThatAreNotThere) {
-  EXPECT_DEATH(Backend::Cpu({.simd = "mmx"}), "unknown simd 'mmx': use avx512, avx2 or portable");
+  EXPECT_DEATH(Backend::Cpu({.simd = "mmx"}),
+               "unknown simd 'mmx': use avx512, avx2 or portable");
   if (!MachineRuns(Simd::kAvx512)) {
     EXPECT_DEATH(Backend::Cpu({.simd = "avx512"}), "cannot run simd 'avx512'");
   }
+}
+
+TEST(Roofline, HoldsAProductAgainstTheInstructionOfItsWeights) {
+  const Roofline roofline = {1, 100, {{"BF16", 200}, {"Q4_K", 400}}};
+  EXPECT_EQ(roofline.OperationsPerSecond(OpId::kMatMul, "BF16 384x960+960"), 200);
+  EXPECT_EQ(roofline.OperationsPerSecond(OpId::kMatMul, "Q4_K 640x2048"), 400);
+  EXPECT_EQ(roofline.OperationsPerSecond(OpId::kMatMul, "F32 640x2048"), 100);
+  EXPECT_EQ(roofline.OperationsPerSecond(OpId::kAttention, "full"), 100);
 }
 
 TEST(CpuBackend, HasEveryOp) {
