@@ -9,6 +9,7 @@
 #include "absl/strings/string_view.h"
 #include "engine/engine.h"
 #include "server/cli_client.h"
+#include "server/device.h"
 
 namespace longspan {
 
@@ -22,7 +23,7 @@ absl::StatusOr<std::vector<BenchItem>> ParseBenchItems(absl::string_view text);
 
 struct BenchOptions {
   cli::Target target;
-  std::string model, shape, weights = "bf16", device = "cpu", kv_dtype = "bf16";
+  std::string model, shape, weights = "bf16", device = "cpu", kv_dtype = "bf16", simd = kBestSimd;
   std::vector<BenchItem> prompts, contexts;
   std::vector<int64_t> batches = {1, 8};
   int64_t cache_bytes = 0;

@@ -115,7 +115,10 @@ absl::StatusOr<LoadedModel> OfflineBench::Load() const {
 absl::StatusOr<std::unique_ptr<OfflineBench>> OfflineBench::Open(
     const BenchOptions& options, const std::vector<Workload>& works) {
   std::unique_ptr<OfflineBench> bench(new OfflineBench(options));
-  auto device = OpenDevice(options.device, options.threads, options.deterministic);
+  auto device = OpenDevice({.device = options.device,
+                            .threads = options.threads,
+                            .simd = options.simd,
+                            .deterministic = options.deterministic});
   if (!device.ok()) return device.status();
   bench->backend_ = *std::move(device);
   auto loaded = bench->Load();

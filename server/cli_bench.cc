@@ -45,6 +45,7 @@ int RunBench(int argc, char** argv) {
   flags.Int("tokens", &options.tokens, "tokens to generate for each sequence", 2);
   flags.String("device", &options.device, "cpu|cuda:N", "where it runs");
   flags.Int("threads", &options.threads, "0: one per core that the process may run on");
+  SimdFlag(flags, &options.simd);
   flags.String("contexts", &contexts, "N,CxN,...",
                "tokens read before decoding; 32x32k: with 32 sequences only");
   flags.Ints("batches", &options.batches, "N,N,...", "sequences that decode together");

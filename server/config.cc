@@ -23,6 +23,7 @@ std::optional<int> ReadConfig(int argc, char** argv, ServerConfig* config) {
   flags.Strings("model-name", &c.names, "NAME", "what clients call it; repeat for aliases");
   flags.String("device", &c.device, "cpu|cuda:N", "where it runs");
   flags.Int("threads", &c.threads, "CPU threads; 0 is one per usable core", 0, 1024);
+  SimdFlag(flags, &c.simd);
   flags.Choice("kv-dtype", &c.kv_dtype, {"bf16", "f32"}, "type of cached keys and values");
   flags.Bool(
       "deterministic", &c.deterministic,

@@ -9,6 +9,7 @@
 #include "absl/strings/string_view.h"
 #include "absl/time/time.h"
 #include "engine/engine.h"
+#include "server/device.h"
 #include "server/tls.h"
 
 namespace longspan {
@@ -24,6 +25,7 @@ struct ServerConfig {
   bool insecure = false;                // lets others reach a server that asks for no keys
   ServerTls tls;
   int threads = 0;                // 0: one per core that the process may run on
+  std::string simd = kBestSimd;   // DeviceOptions::simd
   bool deterministic = false;     // CudaOptions::deterministic
   std::string kv_dtype = "bf16";  // half of f32's memory; or "f32"
   int max_batched_tokens = 512;   // a step: long enough to fill a core, short enough to decode

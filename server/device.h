@@ -1,17 +1,29 @@
 #pragma once
-// The device that --device names.
+// The device that --device names, and how it computes.
 #include <memory>
 #include <string>
 
 #include "absl/status/statusor.h"
 #include "kernels/backend.h"
+#include "server/flags.h"
 
 namespace longspan {
 
-// device: "cpu" or "cuda:N"; threads: of a CPU, 0 is one per usable core; deterministic: as in
-// CudaOptions, which a CPU is anyway. InvalidArgument for any other name, Unavailable with the
-// reason for a GPU that cannot be used.
-absl::StatusOr<std::unique_ptr<Backend>> OpenDevice(const std::string& device, int threads,
-                                                    bool deterministic = false);
+inline constexpr char kBestSimd[] = "best";
+
+struct DeviceOptions {
+  std::string device = "cpu";  // or "cuda:N"
+  // Of a CPU, as in CpuOptions.
+  int threads = 0;
+  std::string simd = kBestSimd;  // or a name that SimdName() gives
+  bool deterministic = false;    // as in CudaOptions; a CPU is so anyway
+};
+
+// InvalidArgument for a name that there is not, Unavailable with the reason for a GPU or
+// instructions that cannot be used.
+absl::StatusOr<std::unique_ptr<Backend>> OpenDevice(const DeviceOptions& options);
+
+// --simd, the same in every command that opens a device.
+void SimdFlag(Flags& flags, std::string* simd);
 
 }  // namespace longspan

@@ -86,7 +86,10 @@ absl::Status Server::Impl::Load(const std::function<void()>& request_shutdown) {
     if (!path.ok()) return path.status();
     config.model = *path;
   }
-  auto opened = OpenDevice(config.device, config.threads, config.deterministic);
+  auto opened = OpenDevice({.device = config.device,
+                            .threads = config.threads,
+                            .simd = config.simd,
+                            .deterministic = config.deterministic});
   if (!opened.ok()) return opened.status();
   backend = *std::move(opened);
 

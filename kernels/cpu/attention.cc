@@ -400,6 +400,7 @@ const AttentionTile& AttentionTileFor(Simd simd) {
     case Simd::kAvx2:
       return kAttentionTileAvx2;
     case Simd::kAvx512:
+    case Simd::kAvx512Bf16:
       return kAttentionTileAvx512;
   }
   return kAttentionTilePortable;

@@ -30,7 +30,8 @@ OpTable CpuOps() {
 Simd ChooseSimd(const std::string& name) {
   if (name.empty()) return BestSimd();
   const std::optional<Simd> simd = ParseSimd(name);
-  CHECK(simd.has_value()) << "unknown simd '" << name << "': use avx512, avx2 or portable";
+  CHECK(simd.has_value()) << "unknown simd '" << name
+                          << "': use avx512_bf16, avx512, avx2 or portable";
   CHECK(MachineRuns(*simd)) << "this machine cannot run simd '" << name << "'; its best is "
                             << SimdName(BestSimd());
   return *simd;
@@ -74,7 +75,7 @@ class CpuBackend : public Backend {
     };
     Roofline roofline = {MeasuredReadBandwidth(context_->team.threads()),
                          rate(DotKind::kFloat),
-                         {}};
+                         {{Info(DType::kBF16).name, rate(DotKind::kBf16)}}};
     const double int8 = rate(DotKind::kInt8);
     for (const DType type : kBlockTypes) {
       roofline.product_operations_per_second[Info(type).name] = int8;

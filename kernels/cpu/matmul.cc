@@ -13,6 +13,7 @@ namespace longspan::cpu {
 
 const MatMulKernels& MatMulKernelsOf(Simd simd) {
   static const MatMulKernels avx512 = Avx512MatMul(kAvx2MatMul);
+  static const MatMulKernels avx512_bf16 = Avx512Bf16MatMul(avx512);
   switch (simd) {
     case Simd::kPortable:
       break;
@@ -20,6 +21,8 @@ const MatMulKernels& MatMulKernelsOf(Simd simd) {
       return kAvx2MatMul;
     case Simd::kAvx512:
       return avx512;
+    case Simd::kAvx512Bf16:
+      return avx512_bf16;
   }
   return kPortableMatMul;
 }
@@ -109,6 +112,7 @@ class Product {
     rows_ = args.x.shape[0];
     in_ = args.x.shape[1];
     padded_ = RoundUp(in_, kFloatPadding);
+    rounded_padded_ = RoundUp(in_, kBf16Padding);
     Check();
     for (int p = 0; p < args.part_count; ++p) {
       column_begin_[p + 1] = column_begin_[p] + args.parts[p].shape[0];
@@ -150,22 +154,29 @@ class Product {
     }
   }
 
-  // Quantises and pads the rows of x as the parts' types need it, once for all of them.
+  // Whether a part takes x rounded to BF16.
+  bool Rounds(const View& part) const {
+    return part.dtype == DType::kBF16 && kernels_.rounded_bf16.multiply != nullptr;
+  }
+
+  // Quantises, rounds and pads the rows of x as the parts' types need it, once for all of them.
   void PrepareRows() {
-    bool blocks = false, floats = false;
+    bool blocks = false, floats = false, rounded = false;
     for (int p = 0; p < args_.part_count; ++p) {
-      (IsQuantised(args_.parts[p].dtype) ? blocks : floats) = true;
+      const View& part = args_.parts[p];
+      (IsQuantised(part.dtype) ? blocks : Rounds(part) ? rounded : floats) = true;
     }
     const bool pad = floats && padded_ != in_;
     Carver carver;
     for (int pass = 0; pass < 2; ++pass) {
       if (blocks) quantised_ = CarveRows(carver, rows_, in_);
       if (pad) padded_x_ = carver.Take<float>(rows_ * padded_);
+      if (rounded) rounded_x_ = carver.Take<uint16_t>(rows_ * rounded_padded_);
       if (pass == 0) carver = {context_.SharedScratch(carver.used), 0};
     }
     x_ = pad ? padded_x_ : args_.x.as<const float>();
     x_stride_ = pad ? padded_ : args_.x.stride[0];
-    if (!blocks && !pad) return;
+    if (!blocks && !pad && !rounded) return;
     const int64_t grain = rows_ < kRowsToShareQuantising
                               ? rows_
                               : std::max<int64_t>(1, rows_ / (4 * context_.team.threads()));
@@ -173,10 +184,16 @@ class Product {
       for (int64_t r = begin; r < end; ++r) {
         const float* row = args_.x.as<const float>() + r * args_.x.stride[0];
         if (blocks) kernels_.quantise(row, in_, RowOf(quantised_, r, in_));
-        if (!pad) continue;
-        float* to = padded_x_ + r * padded_;
-        std::copy_n(row, in_, to);
-        std::fill(to + in_, to + padded_, 0.0f);
+        if (pad) {
+          float* to = padded_x_ + r * padded_;
+          std::copy_n(row, in_, to);
+          std::fill(to + in_, to + padded_, 0.0f);
+        }
+        if (rounded) {
+          uint16_t* to = rounded_x_ + r * rounded_padded_;
+          kernels_.rounded_bf16.round(row, in_, to);
+          std::fill(to + in_, to + rounded_padded_, uint16_t{0});
+        }
       }
     });
   }
@@ -186,7 +203,9 @@ class Product {
     const int64_t begin = first * width_[p];
     const int64_t end = std::min(last * width_[p], part.shape[0]);
     float* out = args_.out.as<float>() + column_begin_[p];
-    if (const FloatKernels* floats = FloatKernelsOf(kernels_, part.dtype)) {
+    if (Rounds(part)) {
+      ComputeRounded(part, begin, end, out, thread);
+    } else if (const FloatKernels* floats = FloatKernelsOf(kernels_, part.dtype)) {
       ComputeFloat(*floats, part, begin, end, out, thread);
     } else {
       ComputeBlocks(*BlockKernelsOf(kernels_, part.dtype), part, begin, end, out, thread);
@@ -226,6 +245,32 @@ class Product {
     }
   }
 
+  void ComputeRounded(const View& part, int64_t begin, int64_t end, float* out, int thread) {
+    Bf16Tile tile = {.x = rounded_x_,
+                     .x_stride = rounded_padded_,
+                     .rows = rows_,
+                     .weights = part.row(begin),
+                     .weight_stride = BytesOf(part.dtype, part.stride[0]),
+                     .columns = end - begin,
+                     .in = rounded_padded_,
+                     .cold = true,
+                     .out = out + begin,
+                     .out_stride = args_.out.stride[0]};
+    if (rounded_padded_ != in_) {
+      auto* padded = reinterpret_cast<uint16_t*>(
+          context_.Scratch(thread, tile.columns * rounded_padded_ * sizeof(uint16_t)));
+      for (int64_t c = 0; c < tile.columns; ++c) {
+        uint16_t* to = padded + c * rounded_padded_;
+        std::memcpy(to, part.row(begin + c), in_ * sizeof(uint16_t));
+        std::fill(to + in_, to + rounded_padded_, uint16_t{0});
+      }
+      tile.weights = reinterpret_cast<const std::byte*>(padded);
+      tile.weight_stride = rounded_padded_ * sizeof(uint16_t);
+      tile.cold = false;
+    }
+    kernels_.rounded_bf16.multiply(tile);
+  }
+
   void ComputeBlocks(const BlockKernels& kernels, const View& part, int64_t begin, int64_t end,
                      float* out, int thread) {
     Carver carver;
@@ -249,7 +294,7 @@ class Product {
   BackendContext& context_;
   const MatMulArgs& args_;
   const MatMulKernels& kernels_;
-  int64_t rows_, in_, padded_;
+  int64_t rows_, in_, padded_, rounded_padded_;
   int64_t column_begin_[4] = {};  // first output column of each part
   int64_t piece_begin_[4] = {};   // first piece of each part
   int width_[3] = {};             // columns of a part's piece
@@ -257,6 +302,7 @@ class Product {
   float* padded_x_ = nullptr;
   const float* x_ = nullptr;
   int64_t x_stride_ = 0;
+  uint16_t* rounded_x_ = nullptr;
 };
 
 }  // namespace

@@ -9,6 +9,7 @@
 #include <algorithm>
 
 #include "kernels/cpu/blocks_avx2.h"
+#include "kernels/cpu/float_tiles_avx512.h"
 #include "kernels/cpu/matmul_kernels.h"
 
 namespace longspan::cpu {
@@ -146,19 +147,6 @@ LONGSPAN_AVX512 inline __m512 LoadWeights(const std::byte* p) {
   }
 }
 
-// Of each of four vectors: the upper half added to the lower, then ((l0 + l1) + (l2 + l3)) +
-// ((l4 + l5) + (l6 + l7)).
-LONGSPAN_AVX512 inline __m128 SumLanes(const __m512 v[4]) {
-  __m256 eight[4];
-  LONGSPAN_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    eight[i] = _mm256_add_ps(_mm512_castps512_ps256(v[i]), _mm512_extractf32x8_ps(v[i], 1));
-  }
-  const __m256 all =
-      _mm256_hadd_ps(_mm256_hadd_ps(eight[0], eight[1]), _mm256_hadd_ps(eight[2], eight[3]));
-  return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
-}
-
 // R rows times C outputs; outputs beyond t.columns repeat the last one and are dropped.
 template <DType kType, int R, int C>
 LONGSPAN_AVX512 inline void MultiplyFloatTile(const FloatTile& t, int64_t row, int64_t column) {
@@ -189,53 +177,21 @@ LONGSPAN_AVX512 inline void MultiplyFloatTile(const FloatTile& t, int64_t row, i
       for (int c = 0; c < C; ++c) sum[r][c] = _mm512_fmadd_ps(v, weights[c], sum[r][c]);
     }
   }
-  static_assert(C % 4 == 0);
-  LONGSPAN_UNROLL
-  for (int c = 0; c < C; c += 4) {
-    const int64_t valid = std::clamp<int64_t>(t.columns - column - c, 0, 4);
-    const __mmask8 mask = static_cast<__mmask8>((1u << valid) - 1);
-    LONGSPAN_UNROLL
-    for (int r = 0; r < R; ++r) {
-      float* out = t.out + (row + r) * t.out_stride + column + c;
-      _mm_mask_storeu_ps(out, mask, SumLanes(sum[r] + c));
-    }
-  }
+  StoreSums<R, C>(t, row, column, sum);
 }
-
-template <DType kType, int R, int C>
-LONGSPAN_AVX512 void MultiplyFloatRows(const FloatTile& t, int64_t row, int64_t begin,
-                                       int64_t end) {
-  for (int64_t c = begin; c < end; c += C) MultiplyFloatTile<kType, R, C>(t, row, c);
-}
-
-constexpr int kFloatColumns = 16;
 
 template <DType kType>
-LONGSPAN_AVX512 void MultiplyFloat(const FloatTile& t) {
-  for (int64_t begin = 0; begin < t.columns; begin += kFloatColumns) {
-    const int64_t end = std::min(begin + kFloatColumns, t.columns);
-    int64_t row = 0;
-    for (; row + 6 <= t.rows; row += 6) MultiplyFloatRows<kType, 6, 4>(t, row, begin, end);
-    switch (t.rows - row) {
-      case 5:
-        MultiplyFloatRows<kType, 5, 4>(t, row, begin, end);
-        break;
-      case 4:
-        MultiplyFloatRows<kType, 4, 4>(t, row, begin, end);
-        break;
-      case 3:
-        MultiplyFloatRows<kType, 3, 4>(t, row, begin, end);
-        break;
-      case 2:
-        MultiplyFloatRows<kType, 2, 8>(t, row, begin, end);
-        break;
-      case 1:
-        MultiplyFloatRows<kType, 1, 8>(t, row, begin, end);
-        break;
-      default:
-        break;
-    }
+struct FloatRows {
+  template <int R, int C>
+  LONGSPAN_AVX512 static void Multiply(const FloatTile& t, int64_t row, int64_t begin,
+                                       int64_t end) {
+    for (int64_t c = begin; c < end; c += C) MultiplyFloatTile<kType, R, C>(t, row, c);
   }
+};
+
+template <DType kType>
+void MultiplyFloat(const FloatTile& t) {
+  MultiplyInTiles<FloatRows<kType>>(t);
 }
 
 template <DType kType>
@@ -259,7 +215,7 @@ MatMulKernels Avx512MatMul(MatMulKernels kernels) {
   kernels.f32 = FloatEntry<DType::kF32>();
   kernels.f16 = FloatEntry<DType::kF16>();
   kernels.bf16 = FloatEntry<DType::kBF16>();
-  kernels.float_columns = kFloatColumns;
+  kernels.float_columns = kFloatTileColumns;
   kernels.q8_0.multiply = MultiplyBlocks<FormatQ8_0>;
   kernels.q4_0.multiply = MultiplyBlocks<FormatQ4_0>;
   kernels.q5_0.multiply = MultiplyBlocks<FormatQ5_0>;

@@ -4,9 +4,11 @@
 // depend on its neighbours.
 //
 // Float weights: lane l of a vector sums the products of elements i with i % lanes == l, in order,
-// with fused multiply-add; the lanes are then summed by a fixed tree. Block weights: activations
-// become int8 in groups of 32 with one fp32 scale each; each weight group's integer dot product is
-// exact, and groups are added in order in fp32.
+// with fused multiply-add; the lanes are then summed by a fixed tree. BF16 weights by x rounded to
+// BF16: lane l sums the pairs p of elements with p % 16 == l, the odd product of each first, the
+// same way but with denormals as zero. Block weights: activations become int8 in groups of 32 with
+// one fp32 scale each; each weight group's integer dot product is exact, and groups are added in
+// order in fp32.
 #include <cstddef>
 #include <cstdint>
 
@@ -18,22 +20,28 @@ namespace longspan::cpu {
 
 // Elements of x and of converted weights are padded with zeros to a multiple of this.
 inline constexpr int kFloatPadding = 16;
+// The same where x is rounded to BF16.
+inline constexpr int kBf16Padding = 32;
 // Activations that share a scale.
 inline constexpr int kActivationGroup = 32;
 
 // One product's rows of x and columns of weights; result (r, c) goes to out[r * out_stride + c].
-struct FloatTile {
-  const float* x;
+template <class X>
+struct ProductTile {
+  const X* x;
   int64_t x_stride;
   int64_t rows;
   const std::byte* weights;
   int64_t weight_stride;  // bytes
   int64_t columns;
-  int64_t in;  // a multiple of kFloatPadding
+  int64_t in;  // a multiple of the padding
   bool cold;   // the weights come from memory, the rows after them will be next
   float* out;
   int64_t out_stride;
 };
+
+using FloatTile = ProductTile<float>;
+using Bf16Tile = ProductTile<uint16_t>;
 
 // Quantised rows of x. q = round(x / scale) of each group of 32, |q| <= 127. Arrays of consecutive
 // rows follow each other at in, in / 32, in / 16, … elements.
@@ -70,6 +78,12 @@ struct FloatKernels {
   void (*widen)(const std::byte* weights, int64_t count, float* out);  // to F32, exact
 };
 
+// BF16 weights times x rounded to BF16.
+struct RoundedKernels {
+  void (*round)(const float* x, int64_t count, uint16_t* out);  // to nearest even
+  void (*multiply)(const Bf16Tile& tile);
+};
+
 struct BlockKernels {
   // Packs a panel from one row of blocks per output.
   void (*pack)(const std::byte* const outputs[kPanel], int64_t in, uint8_t* panel);
@@ -78,6 +92,7 @@ struct BlockKernels {
 
 struct MatMulKernels {
   FloatKernels f32, f16, bf16;
+  RoundedKernels rounded_bf16 = {};  // where not null, in place of bf16
   BlockKernels q8_0, q4_0, q5_0, q4_k, q5_k, q6_k;
   void (*quantise)(const float* x, int64_t in, const QuantisedRows& row);
   int float_columns;  // outputs that are converted together
@@ -87,6 +102,7 @@ extern const MatMulKernels kPortableMatMul;
 extern const MatMulKernels kAvx2MatMul;
 // The AVX2 table with the entries that AVX-512 does better.
 MatMulKernels Avx512MatMul(MatMulKernels kernels);
+MatMulKernels Avx512Bf16MatMul(MatMulKernels kernels);
 
 const MatMulKernels& MatMulKernelsOf(Simd simd);
 

@@ -124,14 +124,30 @@ LONGSPAN_AVX512 void Int8Avx512() {
   }
 }
 
+LONGSPAN_AVX512_BF16 void Bf16Avx512() {
+  const auto ones = reinterpret_cast<__m512bh>(_mm512_set1_epi16(0x3f80));
+  __m512 sum[kChains];
+  LONGSPAN_UNROLL
+  for (int c = 0; c < kChains; ++c) sum[c] = _mm512_setzero_ps();
+  for (int64_t i = 0; i < kIterations; ++i) {
+    LONGSPAN_UNROLL
+    for (int c = 0; c < kChains; ++c) {
+      sum[c] = _mm512_dpbf16_ps(sum[c], ones, ones);
+      asm volatile("" : "+v"(sum[c]));
+    }
+  }
+}
+
 DotLoop LoopOf(Simd simd, DotKind kind) {
-  const bool is_float = kind == DotKind::kFloat;
+  if (simd == Simd::kAvx512Bf16 && kind == DotKind::kBf16) return {Bf16Avx512, 64};
+  const bool is_float = kind != DotKind::kInt8;
   switch (simd) {
     case Simd::kPortable:
       break;
     case Simd::kAvx2:
       return is_float ? DotLoop{FloatAvx2, 16} : DotLoop{Int8Avx2, 64};
     case Simd::kAvx512:
+    case Simd::kAvx512Bf16:
       return is_float ? DotLoop{FloatAvx512, 32} : DotLoop{Int8Avx512, 128};
   }
   return is_float ? DotLoop{FloatPortable, 2} : DotLoop{Int8Portable, 2};

@@ -7,6 +7,7 @@ namespace longspan {
 
 enum class DotKind : unsigned char {
   kFloat,  // fp32 fused multiply-adds
+  kBf16,   // pairs of bf16 products added in fp32; kFloat where BF16 weights are widened instead
   kInt8,   // 8-bit products added in pairs, the instruction that block kernels are made of
 };
 

@@ -9,11 +9,15 @@ enum class Simd : unsigned char {
   kPortable,  // plain C++
   kAvx2,      // AVX2, FMA, F16C
   kAvx512,    // AVX-512 F, BW, VL, DQ and VNNI
+  // AVX-512 with BF16's dot product: products with BF16 weights round x to BF16. Never chosen
+  // unless named.
+  kAvx512Bf16,
 };
+inline constexpr Simd kSimds[] = {Simd::kAvx512Bf16, Simd::kAvx512, Simd::kAvx2, Simd::kPortable};
 
-const char* SimdName(Simd simd);                       // "portable", "avx2", "avx512"
+const char* SimdName(Simd simd);  // "avx512_bf16", "avx512", "avx2", "portable"
 std::optional<Simd> ParseSimd(std::string_view name);  // nullopt: no such name
 bool MachineRuns(Simd simd);
-Simd BestSimd();
+Simd BestSimd();  // the fastest of those that round no activation
 
 }  // namespace longspan

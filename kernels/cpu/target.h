@@ -5,6 +5,10 @@
 #define LONGSPAN_AVX2 __attribute__((target("avx2,fma,f16c")))
 #define LONGSPAN_AVX512 \
   __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
+#define LONGSPAN_AVX512_BF16                                                \
+  __attribute__((                                                           \
+      target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni," \
+             "avx512bf16")))
 
 // Unrolls the next loop fully: its arrays of vectors must become registers.
 #if defined(__clang__)

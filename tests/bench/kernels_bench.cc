@@ -99,9 +99,9 @@ int Main(int argc, char** argv) {
   const auto rate = [&](DType type) {
     return 1e-9 * roof.OperationsPerSecond(OpId::kMatMul, Info(type).name);
   };
-  std::printf("%s: reads %.1f GB/s, fp32 %.1f Gop/s, int8 %.1f Gop/s\n",
+  std::printf("%s: reads %.1f GB/s, fp32 %.1f Gop/s, bf16 %.1f Gop/s, int8 %.1f Gop/s\n",
               backend->name().c_str(), 1e-9 * roof.bytes_per_second, rate(DType::kF32),
-              rate(DType::kQ8_0));
+              rate(DType::kBF16), rate(DType::kQ8_0));
   for (const Shape& shape : kShapes) {
     const std::string label = std::string(shape.name) + " " + Info(shape.type).name;
     if (label.find(wanted) != std::string::npos) Report(*backend, shape, roof);

@@ -2,8 +2,8 @@
 // obey.
 #include <gtest/gtest.h>
 
-#include "kernels/cpu/simd.h"
 #include "tests/support/attention_expect.h"
+#include "tests/support/simds.h"
 
 namespace longspan {
 namespace {
@@ -28,14 +28,7 @@ class AttentionOnEachSimd : public ::testing::TestWithParam<const char*> {
   AttentionOnEachSimd() : backend_(Backend::Cpu({.threads = 2, .simd = GetParam()})) {}
   std::unique_ptr<Backend> backend_;
 };
-std::vector<const char*> RunnableSimds() {
-  std::vector<const char*> names;
-  for (Simd simd : {Simd::kPortable, Simd::kAvx2, Simd::kAvx512}) {
-    if (MachineRuns(simd)) names.push_back(SimdName(simd));
-  }
-  return names;
-}
-INSTANTIATE_TEST_SUITE_P(Simd, AttentionOnEachSimd, ::testing::ValuesIn(RunnableSimds()));
+INSTANTIATE_TEST_SUITE_P(Simd, AttentionOnEachSimd, ::testing::ValuesIn(testing::RunnableSimds()));
 
 TEST_P(AttentionOnEachSimd, FullEqualsEager) {
   for (int dim : {4, 12, 64, 80, 256}) {

@@ -19,10 +19,15 @@ TEST(CpuBackend, NamesItsInstructionsAndThreads) {
 
 TEST(CpuBackendDeathTest, RefusesInstructionsThatAreNotThere) {
   EXPECT_DEATH(Backend::Cpu({.simd = "mmx"}),
-               "unknown simd 'mmx': use avx512, avx2 or portable");
+               "unknown simd 'mmx': use avx512_bf16, avx512, avx2 or portable");
   if (!MachineRuns(Simd::kAvx512)) {
     EXPECT_DEATH(Backend::Cpu({.simd = "avx512"}), "cannot run simd 'avx512'");
   }
+}
+
+TEST(CpuBackend, RoundsActivationsOnlyWhenToldTo) {
+  EXPECT_NE(BestSimd(), Simd::kAvx512Bf16);
+  for (Simd simd : kSimds) EXPECT_EQ(ParseSimd(SimdName(simd)), simd);
 }
 
 TEST(Roofline, HoldsAProductAgainstTheInstructionOfItsWeights) {

@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "kernels/backend.h"
+#include "kernels/convert.h"
 #include "kernels/cpu/simd.h"
 #include "tests/support/weights.h"
 
@@ -65,22 +66,28 @@ class MatMul : public ::testing::TestWithParam<const char*> {
   std::unique_ptr<Backend> Open(int threads) {
     return Backend::Cpu({.threads = threads, .simd = GetParam()});
   }
+  bool rounds() const { return ParseSimd(GetParam()) == Simd::kAvx512Bf16; }
 };
 
-INSTANTIATE_TEST_SUITE_P(Simd, MatMul, ::testing::Values("portable", "avx2", "avx512"),
+INSTANTIATE_TEST_SUITE_P(Simd, MatMul,
+                         ::testing::Values("portable", "avx2", "avx512", "avx512_bf16"),
                          [](const auto& info) { return std::string(info.param); });
 
+// `rounds`: x becomes BF16 where the weights are.
 void ExpectProduct(const Weights& w, const std::vector<float>& x, int64_t rows,
-                   const std::vector<float>& out) {
-  const bool blocks = IsQuantised(w.type);
+                   const std::vector<float>& out, bool rounds) {
   for (int64_t c = 0; c < w.rows; ++c) {
     const std::vector<double> weights = DecodeRow(w, c);
     double largest = 0;
     for (double value : weights) largest = std::max(largest, std::fabs(value));
     for (int64_t r = 0; r < rows; ++r) {
       const float* row = x.data() + r * w.columns;
-      const std::vector<double> quantised =
-          blocks ? QuantiseActivations(row, w.columns) : std::vector<double>(row, row + w.columns);
+      std::vector<double> quantised(row, row + w.columns);
+      if (IsQuantised(w.type)) {
+        quantised = QuantiseActivations(row, w.columns);
+      } else if (rounds && w.type == DType::kBF16) {
+        for (double& value : quantised) value = FromBf16(ToBf16(static_cast<float>(value)));
+      }
       double exact = 0, near = 0, magnitude = 0, step_error = 0;
       for (int64_t i = 0; i < w.columns; ++i) {
         exact += weights[i] * row[i];
@@ -108,7 +115,7 @@ TEST_P(MatMul, EqualsTheDoubleProductOfDecodedWeights) {
       const Weights w = RandomWeights(type, columns, IsQuantised(type) ? 512 : 384, random);
       for (int64_t rows : row_counts) {
         const std::vector<float> x = RandomFloats(rows * w.columns, random);
-        ExpectProduct(w, x, rows, Multiply(*backend, x, rows, {&w}));
+        ExpectProduct(w, x, rows, Multiply(*backend, x, rows, {&w}), rounds());
       }
     }
   }
@@ -122,7 +129,7 @@ TEST_P(MatMul, TakesInputsThatNoVectorDivides) {
       const Weights w = RandomWeights(type, 13, in, random);
       for (int64_t rows : {1, 3, 11}) {
         const std::vector<float> x = RandomFloats(rows * in, random);
-        ExpectProduct(w, x, rows, Multiply(*backend, x, rows, {&w}));
+        ExpectProduct(w, x, rows, Multiply(*backend, x, rows, {&w}), rounds());
       }
     }
   }
@@ -131,7 +138,7 @@ TEST_P(MatMul, TakesInputsThatNoVectorDivides) {
       const Weights w = RandomWeights(type, 13, in, random);
       for (int64_t rows : {1, 3, 11}) {
         const std::vector<float> x = RandomFloats(rows * in, random);
-        ExpectProduct(w, x, rows, Multiply(*backend, x, rows, {&w}));
+        ExpectProduct(w, x, rows, Multiply(*backend, x, rows, {&w}), rounds());
       }
     }
   }
@@ -155,7 +162,7 @@ TEST_P(MatMul, NeverOverflowsItsIntegerSums) {
       for (float value : {1.0f, -1.0f}) {
         for (int64_t rows : {1, 9}) {
           const std::vector<float> x(rows * w.columns, value);
-          ExpectProduct(w, x, rows, Multiply(*backend, x, rows, {&w}));
+          ExpectProduct(w, x, rows, Multiply(*backend, x, rows, {&w}), rounds());
         }
       }
     }
@@ -181,6 +188,38 @@ TEST_P(MatMul, GivesARowTheSameBitsWhateverItsNeighboursAndThreads) {
         }
       }
     }
+  }
+}
+
+// As the processor's manual has it: of a pair first the odd product, then the even one, each added
+// by a fused multiply-add, denormals read as zero. So all machines with these instructions give the
+// same bits.
+TEST(MatMulRounded, AddsPairsAsTheManualSays) {
+  if (!MachineRuns(Simd::kAvx512Bf16)) GTEST_SKIP() << "this processor has no avx512_bf16";
+  std::mt19937 random(9);
+  auto backend = Backend::Cpu({.threads = 1, .simd = "avx512_bf16"});
+  constexpr int64_t kIn = 160, kOut = 7;
+  Weights w = RandomWeights(DType::kBF16, kOut, kIn, random);
+  std::vector<float> x = RandomFloats(kIn, random);
+  const uint16_t denormal = 0x007f;  // 1.2e-38
+  for (int64_t c = 0; c < kOut; ++c) std::memcpy(w.bytes.data() + 2 * (c * kIn + 33), &denormal, 2);
+  x[33] = 1e37f;  // their product would count
+  x[50] = 1e-39f;
+  const auto normal = [](float v) { return std::isnormal(v) ? v : 0.0f; };
+  const std::vector<float> out = Multiply(*backend, x, 1, {&w});
+  for (int64_t c = 0; c < kOut; ++c) {
+    const std::vector<double> weights = DecodeRow(w, c);
+    float sum[16] = {};
+    for (int64_t i = 0; i < kIn; i += 2) {
+      float& lane = sum[i / 2 % 16];
+      for (int64_t j : {i + 1, i}) {
+        const float rounded = FromBf16(ToBf16(normal(x[j])));
+        lane = std::fmaf(rounded, normal(static_cast<float>(weights[j])), lane);
+      }
+    }
+    float l[8];
+    for (int i = 0; i < 8; ++i) l[i] = sum[i] + sum[i + 8];
+    EXPECT_EQ(out[c], ((l[0] + l[1]) + (l[2] + l[3])) + ((l[4] + l[5]) + (l[6] + l[7])));
   }
 }
 

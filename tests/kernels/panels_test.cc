@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "kernels/cpu/simd.h"
+#include "tests/support/simds.h"
 #include "tests/support/weights.h"
 
 namespace longspan {
@@ -15,14 +15,6 @@ using testing::PlacedWeights;
 using testing::RandomWeights;
 using testing::Weights;
 
-std::vector<const char*> RunnableSimds() {
-  std::vector<const char*> names;
-  for (Simd simd : {Simd::kPortable, Simd::kAvx2, Simd::kAvx512}) {
-    if (MachineRuns(simd)) names.push_back(SimdName(simd));
-  }
-  return names;
-}
-
 // 37 outputs leave the last panel part empty.
 TEST(PackedPanels, HoldEveryElementOfTheirRowsAndTheSameBytesOnEverySimd) {
   std::mt19937 random(1);
@@ -31,7 +23,7 @@ TEST(PackedPanels, HoldEveryElementOfTheirRowsAndTheSameBytesOnEverySimd) {
     for (int64_t in : {256, 1024}) {
       const Weights w = RandomWeights(type, 37, in, random);
       std::vector<uint8_t> first;
-      for (const char* simd : RunnableSimds()) {
+      for (const char* simd : testing::RunnableSimds()) {
         auto backend = Backend::Cpu({.threads = 2, .simd = simd});
         const PlacedWeights placed(*backend, w.view());
         ASSERT_TRUE(placed.view.packed);

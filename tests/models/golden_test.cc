@@ -9,6 +9,7 @@
 #include "tests/support/golden.h"
 #include "tests/support/model_runner.h"
 #include "tests/support/paths.h"
+#include "tests/support/simds.h"
 
 namespace longspan {
 namespace {
@@ -18,6 +19,8 @@ using testing::LoadTestModel;
 using testing::ModelRunner;
 
 constexpr double kTolerance = 1e-3;
+// Where products round activations to bf16, 2^-9 of each number: read 0.026 on the default model.
+constexpr double kRoundedTolerance = 0.05;
 
 class GoldenLogits : public ::testing::TestWithParam<const char*> {};
 INSTANTIATE_TEST_SUITE_P(Models, GoldenLogits,
@@ -45,14 +48,20 @@ TEST_P(GoldenLogits, EqualTheReferenceImplementation) {
   }
 }
 
-TEST(DefaultModel, LogitsEqualTheReferenceImplementation) {
+class DefaultModelOnEachSimd : public ::testing::TestWithParam<const char*> {};
+INSTANTIATE_TEST_SUITE_P(Simd, DefaultModelOnEachSimd,
+                         ::testing::ValuesIn(testing::RunnableSimds()),
+                         [](const auto& info) { return std::string(info.param); });
+
+TEST_P(DefaultModelOnEachSimd, LogitsEqualTheReferenceImplementation) {
   const auto golden = testing::ReadGolden("default_model/golden.json");
   const auto tokens = golden["tokens"].get<std::vector<int32_t>>();
-  const auto backend = Backend::Cpu({.threads = 2});
+  const auto backend = Backend::Cpu({.threads = 2, .simd = GetParam()});
   const auto model = LoadTestModel(testing::SourcePath("models/default"), *backend);
   ModelRunner runner(*backend, *model, 1, 512);
   const std::vector<float> logits = runner.Feed(0, tokens, 100);
   const size_t vocab = model->spec().vocab;
+  const bool rounds = ParseSimd(GetParam()) == Simd::kAvx512Bf16;
   double worst = 0;
   for (const auto& entry : golden["rows"]) {
     const float* row = logits.data() + entry["row"].get<size_t>() * vocab;
@@ -63,8 +72,13 @@ TEST(DefaultModel, LogitsEqualTheReferenceImplementation) {
     }
     EXPECT_EQ(std::max_element(row, row + vocab) - row, ids[0]) << "row " << entry["row"];
   }
-  EXPECT_LE(worst, kTolerance);
+  EXPECT_LE(worst, rounds ? kRoundedTolerance : kTolerance);
   RecordProperty("max_abs_error", std::to_string(worst));
+  // Many rows at once, and so few that products take other shapes.
+  ModelRunner again(*backend, *model, 1, 512);
+  const std::vector<int32_t> first(tokens.begin(), tokens.begin() + 40);
+  EXPECT_EQ(again.Feed(0, first, 3),
+            std::vector<float>(logits.begin(), logits.begin() + first.size() * vocab));
 }
 
 // The model's card: heads of layer 5, a full one, look at the needle when the answer starts.

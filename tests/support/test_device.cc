@@ -9,7 +9,7 @@ namespace longspan::testing {
 
 std::unique_ptr<Backend> OpenTestDevice(int threads, const std::string& device) {
   const char* told = std::getenv("LONGSPAN_DEVICE");
-  auto backend = OpenDevice(told != nullptr ? told : device, threads);
+  auto backend = OpenDevice({.device = told != nullptr ? told : device, .threads = threads});
   CHECK(backend.ok()) << backend.status();
   return *std::move(backend);
 }
