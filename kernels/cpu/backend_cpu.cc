@@ -52,7 +52,10 @@ class CpuBackend : public Backend {
     if (bytes == 0) return Buffer();
     void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     CHECK(data != MAP_FAILED) << "cannot allocate " << bytes << " bytes: " << std::strerror(errno);
-    madvise(data, bytes, MADV_HUGEPAGE);  // advice: a kernel without huge pages may refuse it
+    // Advice: a kernel without huge pages may refuse it. One row by weights that no cache holds,
+    // AMD EPYC, 1 thread, 4 KiB -> huge pages: Q4_K 4096 x 2048 400 -> 345 us, Q8_0 262144 x
+    // 640 15.9 -> 14.3 ms; 64 rows and more within 3 %.
+    madvise(data, bytes, MADV_HUGEPAGE);
     return Buffer(data, bytes, [](void* p, size_t n) { munmap(p, n); });
   }
   void CopyIn(void* to, const void* from, size_t bytes) override { CopyWithin(to, from, bytes); }
