@@ -152,8 +152,9 @@ __global__ void __launch_bounds__(kMergeThreads) Merge(const Piece p) {
   const int sides = kMergeThreads / fours;
   const int side = threadIdx.x / fours, d = threadIdx.x % fours * 4;
   const float* from = Partials(p, blockIdx.x, head, 0);
+  if (p.scores == nullptr) LetNextBegin();
   AwaitEarlier();
-  LetNextBegin();  // ObserveSpans, which needs the splits alone
+  LetNextBegin();  // ObserveSpans, which needs the splits but not this
   if (p.out == nullptr) return;
 
   // Every warp knows all factors, a lane those of every 32nd split.
@@ -287,6 +288,12 @@ class Splits {
     p.first_observed = FirstObserved(first_row);
     const int observed = FirstObserved(first_row + rows) - p.first_observed;
     if (observed > 0) p.scores = scores_;
+    if (AttendsInClusters(context_, p)) {
+      p.observes_late = true;
+      AttendClusters(context_, p, rows);
+      if (observed > 0) ObserveSpans(context_, p, observed);
+      return;
+    }
     if (SplitsInVectors(p)) {
       AttendSplits(context_, p, rows);
     } else if (observed > 0) {

@@ -72,6 +72,8 @@ struct Piece : Problem {
   float* scores;
   int64_t score_stride;  // at least the keys that a row sees
   int first_observed;    // the first of SpanRequest::rows among them
+  // ObserveSpans has to wait for the kernel before it, which makes the scores.
+  bool observes_late;
 };
 
 // Of a partial result: sums, then maximum and total, in whole vectors of four.
@@ -130,6 +132,9 @@ inline int MostSplits(const Problem& p) {
 // Partial results of `rows` rows from bf16 keys and values in whole vectors.
 bool SplitsInVectors(const Problem& problem);
 void AttendSplits(BackendContext& context, const Piece& piece, int rows);
+// Rows that see at most so many keys as a cluster's blocks take: their results.
+bool AttendsInClusters(const BackendContext& context, const Problem& problem);
+void AttendClusters(BackendContext& context, const Piece& piece, int rows);
 // The records of `observed` rows. Launched after Merge, it may run beside it.
 void ObserveSpans(BackendContext& context, const Piece& piece, int observed);
 

@@ -71,10 +71,11 @@ __device__ float LogTotal(const Piece& p, int local, int head, int splits) {
   return kLog2E * top + log2f(total);
 }
 
-// grid: observed rows, heads. It runs beside Merge: it begins when the splits are done and ends
+// grid: observed rows, heads. It may run beside Merge: it begins when the splits are done and ends
 // when all is. Warps take kWarpKeys distances at a time, in turn: beyond the first kWarp each kWarp
 // of these lie in one bucket, and a warp's come in ascending order.
 __global__ void __launch_bounds__(kMostWarps* kWarp) Observe(const Piece p) {
+  if (p.observes_late) AwaitEarlier();
   const SpanRequest& request = p.spans;
   const int observed = p.first_observed + blockIdx.x, head = blockIdx.y;
   const int local = request.rows[observed] - p.first_row;
@@ -173,7 +174,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp) Observe(const Piece p) {
       record.beyond_window = 0;  // the splits have no keys there
     }
   }
-  AwaitEarlier();
+  if (!p.observes_late) AwaitEarlier();
 }
 
 }  // namespace

@@ -4,33 +4,17 @@
 // up to kHeads query heads of a KV head) in turn and copies their keys and values through a ring of
 // its own. The copies run on into its next item, so memory does not wait for the end of one.
 // Splits follow from a row's own length: whichever warp takes one finds the same numbers.
-//
-// The tensor cores multiply. Queries and probabilities are fp32: each is the sum of two bf16, which
-// keeps 16 bits of it. The 16 rows of a product of queries are 8 heads' high and low parts.
 #include <algorithm>
 #include <type_traits>
 
 #include "kernels/cuda/attention.cuh"
+#include "kernels/cuda/attention_steps.cuh"
 #include "kernels/cuda/check_cuda.h"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/tensor_cores.cuh"
 
 namespace longspan::cuda {
 namespace {
-
-using Bf16 = __nv_bfloat16;
-
-constexpr int kHeads = 8;
-constexpr int kStep = 16;   // keys, or values, of a stage
-constexpr int kVector = 8;  // elements of 16 bytes
-
-// A split of a row, for some query heads of a KV head.
-struct Item {
-  int row;    // of the launch
-  int first;  // key that the row sees
-  int split, first_head, heads;
-  int begin, end;  // of its keys; equal: there is no item
-};
 
 // What one warp copies to and computes from.
 template <int kDim>
@@ -173,7 +157,6 @@ class Reader {
 // grid: up to a block a multiprocessor.
 template <int kDim, bool kObserve>
 __global__ void __launch_bounds__(Ring<kDim>::kWarps* kWarp, 1) Split(const Piece p, int rows) {
-  constexpr int kTiles = kDim / 16;
   constexpr int kStages = Ring<kDim>::kStages;
   extern __shared__ __align__(128) unsigned char memory[];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -206,131 +189,31 @@ __global__ void __launch_bounds__(Ring<kDim>::kWarps* kWarp, 1) Split(const Piec
     reader.template Fetch<decltype(values)::value>(at);
     if (++stage == kStages) stage = 0;
   };
-  // Of a product's sum a lane has a row (and that 8 below) and two columns, as tensor_cores.cuh
-  // says; of four 8 x 8 matrices, here 16 keys of 16 channels, it points to a row.
-  const int sum_row = lane / 4, column = lane % 4 * 2;
-  const uint32_t matrix_row = (lane % 8 + lane / 16 * 8) * kDim * sizeof(Bf16) +
-                              ((lane / 8 % 2) ^ (lane % 8)) * sizeof(uint4);
-  const auto Matrices = [&](uint32_t stage, int tile) {
-    return ((stage + matrix_row) ^ (tile % 4 * 2 * sizeof(uint4))) + tile / 4 * 8 * sizeof(uint4);
-  };
-
   for (int taken = 0;; taken = taken == kStages - 1 ? 0 : taken + 1) {
     __syncwarp();
     const Item item = ring.items[taken];
     if (item.begin == item.end) break;
-    float2 channels[kTiles][2];
-    const float* from = p.query + (p.first_row + item.row) * p.query_row +
-                        (item.first_head + min(sum_row, item.heads - 1)) * p.query_head;
-#pragma unroll
-    for (int t = 0; t < kTiles; ++t) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int d = min(16 * t + 8 * half + column, p.dim - 2);
-        channels[t][half] = *reinterpret_cast<const float2*>(from + d);
-      }
-    }
-    uint32_t query[kTiles][4];  // high and low parts of heads are rows that a lane has both of
-#pragma unroll
-    for (int t = 0; t < kTiles; ++t) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const bool has = sum_row < item.heads && 16 * t + 8 * half + column < p.dim;
-        const float scale = has ? p.scale : 0.0f;
-        SplitBf16(channels[t][half].x * scale, channels[t][half].y * scale, &query[t][2 * half],
-                  &query[t][2 * half + 1]);
-      }
-    }
-    float sum[kTiles][4] = {};             // [channels, heads]
-    float highest = -INFINITY, total = 0;  // of head sum_row; the total of this lane's keys
-
+    WarpAttention<kDim> warp_attention(p, item);
     for (int j = item.begin; j < item.end; j += kStep) {
       const uint32_t keys = AwaitStage();
-      float product[2][2][4] = {};  // [even and odd tiles, halves of the keys]: [heads, keys]
-#pragma unroll
-      for (int t = 0; t < kTiles; ++t) {
-        uint32_t key[4];
-        LoadMatrices(key, Matrices(keys, t));
-        Multiply<Bf16>(product[t % 2][0], query[t], key[0], key[1]);
-        Multiply<Bf16>(product[t % 2][1], query[t], key[2], key[3]);
-      }
+      const StepScores scores = warp_attention.Score(keys);
       Refill(keys, std::bool_constant<kStages % 2 == 1>{});
-      float score[4];  // of keys j + Key(0..3)
-      const auto Key = [&](int i) { return 8 * (i / 2) + column + i % 2; };
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float(&even)[4] = product[0][i / 2], (&odd)[4] = product[1][i / 2];
-        score[i] = even[i % 2] + odd[i % 2] + (even[i % 2 + 2] + odd[i % 2 + 2]);
-      }
-      if (p.softcap > 0) {
-#pragma unroll
-        for (float& s : score) s = Cap(s, p.softcap);
-      }
-      float most = -INFINITY;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int at = j + Key(i);
-        if (kObserve && at < item.end && sum_row < item.heads) {
-          Scores(p, item.row, item.first_head + sum_row)[at - item.first] = score[i];
-        }
-        if (at >= item.end) score[i] = -INFINITY;
-        most = fmaxf(most, score[i]);
-      }
-      most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
-      most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
-      if (__any_sync(~0u, most > highest)) {
-        most = fmaxf(most, highest);
-        const float rescale = __expf(highest - most);
-        highest = most;
-        total *= rescale;
-        const float by[2] = {__shfl_sync(~0u, rescale, column * 4),
-                             __shfl_sync(~0u, rescale, column * 4 + 4)};
-#pragma unroll
-        for (auto& four : sum) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) four[i] *= by[i % 2];
-        }
-      }
-      uint32_t high[2], low[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float weight[2] = {__expf(score[2 * half] - highest),
-                                 __expf(score[2 * half + 1] - highest)};
-        total += weight[0] + weight[1];
-        SplitBf16(weight[0], weight[1], &high[half], &low[half]);
-      }
-
+      warp_attention.template Weigh<kObserve>(p, item, j, scores);
       const uint32_t values = AwaitStage();
-#pragma unroll
-      for (int t = 0; t < kTiles; ++t) {
-        uint32_t value[4];
-        LoadTransposed(value, Matrices(values, t));
-        Multiply<Bf16>(sum[t], value, high[0], high[1]);
-        Multiply<Bf16>(sum[t], value, low[0], low[1]);
-      }
+      warp_attention.AddValues(values);
       Refill(values, std::bool_constant<kStages % 2 == 0>{});
     }
-
-    total += __shfl_xor_sync(~0u, total, 1);
-    total += __shfl_xor_sync(~0u, total, 2);
-    if (lane % 4 == 0 && sum_row < item.heads) {
-      float* to = Partials(p, item.row, item.first_head + sum_row, item.split);
-      to[p.dim] = highest;
-      to[p.dim + 1] = total;
+    warp_attention.AddLanes();
+    if (lane % 4 == 0 && lane / 4 < item.heads) {
+      float* to = Partials(p, item.row, item.first_head + lane / 4, item.split);
+      to[p.dim] = warp_attention.highest;
+      to[p.dim + 1] = warp_attention.total;
     }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if (column + i >= item.heads) continue;
-      float* to = Partials(p, item.row, item.first_head + column + i, item.split);
-#pragma unroll
-      for (int t = 0; t < kTiles; ++t) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int d = 16 * t + 8 * half + sum_row;
-          if (d < p.dim) to[d] = sum[t][2 * half + i];
-        }
+    warp_attention.VisitSums([&](int head, int d, float sum) {
+      if (head < item.heads && d < p.dim) {
+        Partials(p, item.row, item.first_head + head, item.split)[d] = sum;
       }
-    }
+    });
   }
 }
 
@@ -346,7 +229,8 @@ void Launch(BackendContext& context, const Piece& p, int rows) {
   const int groups = (p.group + kHeads - 1) / kHeads;
   const int64_t items = int64_t{rows} * p.cache.kv_heads * groups * MostSplits(p);
   const int blocks = static_cast<int>(std::min<int64_t>(context.sm_count, items));
-  LaunchEarlyWith(context, warps * kBytes, kernel, dim3(blocks), warps * kWarp, p, rows);
+  LaunchEarlyWith(context, {.shared_bytes = warps * kBytes}, kernel, dim3(blocks), warps * kWarp, p,
+                  rows);
 }
 
 }  // namespace

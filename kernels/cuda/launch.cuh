@@ -30,26 +30,34 @@ __device__ __forceinline__ void Prefetch(const void* line) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
 }
 
+struct LaunchNeeds {
+  int shared_bytes = 0;  // of a block, beyond those that its kernel declares
+  int cluster = 1;       // blocks of one, side by side in grid.x
+};
+
 template <class... Parameters, class... Arguments>
-void LaunchEarlyWith(BackendContext& context, int shared_bytes, void (*kernel)(Parameters...),
-                     dim3 grid, int threads, Arguments&&... arguments) {
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+void LaunchEarlyWith(BackendContext& context, const LaunchNeeds& needs,
+                     void (*kernel)(Parameters...), dim3 grid, int threads,
+                     Arguments&&... arguments) {
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {static_cast<unsigned>(needs.cluster), 1, 1};
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
+  config.dynamicSmemBytes = needs.shared_bytes;
   config.stream = context.stream;
-  config.attrs = &attribute;
-  config.numAttrs = context.compute_capability >= 90 ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = context.compute_capability < 90 ? 0 : needs.cluster > 1 ? 2 : 1;
   Ok(context, cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...),
      "launching a kernel");
 }
 template <class... Parameters, class... Arguments>
 void LaunchEarly(BackendContext& context, void (*kernel)(Parameters...), dim3 grid, int threads,
                  Arguments&&... arguments) {
-  LaunchEarlyWith(context, 0, kernel, grid, threads, std::forward<Arguments>(arguments)...);
+  LaunchEarlyWith(context, {}, kernel, grid, threads, std::forward<Arguments>(arguments)...);
 }
 
 }  // namespace longspan::cuda
