@@ -14,6 +14,7 @@ template <class From, class T, int kPer>
 __global__ void Activate(const From* gate_up, int64_t stride, T* out, int64_t out_stride,
                          int64_t dim, bool gelu) {
   LetNextBegin();
+  AwaitEarlier();
   const int64_t d = (blockIdx.x * int64_t{kThreads} + threadIdx.x) * kPer;
   if (d >= dim) return;
   const From* from = gate_up + blockIdx.y * stride + d;
@@ -35,9 +36,9 @@ void Launch(BackendContext& context, const GatedActivationArgs& a) {
   const dim3 grid(Blocks(dim, kPer * kThreads), static_cast<unsigned>(a.out.shape[0]));
   VisitInput(a.gate_up.dtype, [&](auto in) {
     VisitInput(a.out.dtype, [&](auto out) {
-      Activate<decltype(in), decltype(out), kPer><<<grid, kThreads, 0, context.stream>>>(
-          a.gate_up.as<decltype(in)>(), a.gate_up.stride[0], a.out.as<decltype(out)>(),
-          a.out.stride[0], dim, a.activation == Activation::kGeluTanh);
+      LaunchEarly(context, Activate<decltype(in), decltype(out), kPer>, grid, kThreads,
+                  a.gate_up.as<decltype(in)>(), a.gate_up.stride[0], a.out.as<decltype(out)>(),
+                  a.out.stride[0], dim, a.activation == Activation::kGeluTanh);
     });
   });
 }

@@ -107,6 +107,8 @@ void MatMul(BackendContext& context, const MatMulArgs& a) {
         QuantiseRows(context, a.x, quantised);
       }
       MultiplyBlocks(context, p, quantised);
+    } else if (Streams(context, p)) {
+      MultiplyStream(context, p);
     } else if (IsSkinny(p)) {
       MultiplySkinny(context, p);
     } else {

@@ -42,6 +42,13 @@ int64_t StripBytes(DType type, int64_t rows, int64_t in);
 void PackStrips(BackendContext& context, const View& rows, void* strips);
 void UnpackStrips(BackendContext& context, const View& weight, void* out);
 
+// Whether an F32 x and bf16 weights have rows of 16 bytes.
+bool Bf16InVectors(const Product& product);
+// One to kStreamRows rows of bf16 weights in whole vectors, on sm_90: each weight is read once,
+// most of them before x is there. A row's result does not depend on how many rows there are.
+constexpr int64_t kStreamRows = 8;
+bool Streams(const BackendContext& context, const Product& product);
+void MultiplyStream(BackendContext& context, const Product& product);
 // Two to kSkinnyRows rows of bf16 weights in whole vectors: each weight is read once. A row's
 // result does not depend on how many rows there are.
 constexpr int64_t kSkinnyRows = 8;

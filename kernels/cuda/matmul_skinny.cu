@@ -143,11 +143,14 @@ void Launch(BackendContext& context, const SkinnyArgs& a) {
 
 }  // namespace
 
-bool IsSkinny(const Product& p) {
+bool Bf16InVectors(const Product& p) {
   const auto aligned = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; };
-  return p.weight.dtype == DType::kBF16 && p.rows() > 1 && p.rows() <= kSkinnyRows &&
-         p.in() % kSlice == 0 && aligned(p.x.data) && aligned(p.weight.data) &&
+  return p.weight.dtype == DType::kBF16 && aligned(p.x.data) && aligned(p.weight.data) &&
          p.x.stride[0] % 4 == 0 && p.weight.stride[0] % 8 == 0;
+}
+
+bool IsSkinny(const Product& p) {
+  return Bf16InVectors(p) && p.in() % kSlice == 0 && p.rows() > 1 && p.rows() <= kSkinnyRows;
 }
 
 void MultiplySkinny(BackendContext& context, const Product& p) {

@@ -81,10 +81,11 @@ __global__ void __launch_bounds__(kMaxThreads) NormHeld(const Rows a) {
   LetNextBegin();
   __shared__ float parts[2][kMaxThreads / kWarp];
   const int vectors = a.dim / 4;
+  const Held<kVectors> x_weight(a.x_weight, vectors), weight(a.weight, vectors);
+  AwaitEarlier();
   float* residual = a.residual + blockIdx.x * a.residual_row;
   Held<kVectors> x(a.x != nullptr ? a.x + blockIdx.x * a.x_row : nullptr, vectors);
   Held<kVectors> sum(residual, vectors);
-  const Held<kVectors> x_weight(a.x_weight, vectors), weight(a.weight, vectors);
   if (a.x != nullptr) {
     if (a.x_weight != nullptr) x.Multiply(Scale(a, BlockSum(x.Squares(), parts[0])), x_weight);
     sum.Add(x);
@@ -126,7 +127,7 @@ __global__ void NormStreamed(const Rows a) {
 template <class T, int kVectors>
 void LaunchHeld(BackendContext& context, const Rows& a, unsigned rows) {
   const int threads = Blocks(a.dim / 4, kVectors * kWarp) * kWarp;
-  NormHeld<T, kVectors><<<rows, threads, 0, context.stream>>>(a);
+  LaunchEarly(context, NormHeld<T, kVectors>, dim3(rows), threads, a);
 }
 
 template <class T>

@@ -25,6 +25,15 @@ __device__ __forceinline__ void SplitBf16(float x, float y, uint32_t* high, uint
               __float2bfloat16_rn(y - __bfloat162float(hy)));
 }
 
+// 16 bytes.
+__device__ __forceinline__ uint4 LoadShared(uint32_t from) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(from));
+  return v;
+}
+
 // Four 8 x 8 matrices; lane l gives the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void LoadMatrices(uint32_t (&to)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"

@@ -1,7 +1,7 @@
 #pragma once
-// Hopper's asynchronous matrix products (wgmma) of bf16 with fp32 sums, and what goes with them:
-// barriers in shared memory and the swizzled form that operands lie in there. Only sm_90a has them
-// (LONGSPAN_HAS_WGMMA); elsewhere nothing of this is compiled.
+// Hopper's asynchronous matrix products (wgmma) of bf16 with fp32 sums, and the swizzled form that
+// operands lie in in shared memory. Only sm_90a has them (LONGSPAN_HAS_WGMMA); elsewhere nothing of
+// this is compiled.
 //
 // A warpgroup (4 warps) multiplies 64 rows. Its thread t holds rows t / 32 * 16 + t % 32 / 4 and
 // the 8th after, and of every 8 columns the two from t % 4 * 2: sum[4 * n + i] is column 8 * n + t
@@ -9,6 +9,8 @@
 #include <cuda_bf16.h>
 
 #include <cstdint>
+
+#include "kernels/cuda/phases.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define LONGSPAN_HAS_WGMMA 1
@@ -124,29 +126,6 @@ LONGSPAN_PRODUCT_REGISTERS(256, 128, "%128", "%129", "%130", "%131", "%132")
 // What was written to shared memory by this thread becomes visible to products.
 __device__ __forceinline__ void FenceForProducts() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
-// A barrier in shared memory that is passed once `arrivals` have arrived, again and again; its
-// phases' parities alternate, the first is 0.
-__device__ __forceinline__ void InitBarrier(uint32_t barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-__device__ __forceinline__ void Arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-__device__ __forceinline__ bool Passed(uint32_t barrier, int parity) {
-  uint32_t passed;
-  asm volatile(
-      "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; "
-      "selp.u32 %0, 1, 0, p; }"
-      : "=r"(passed)
-      : "r"(barrier), "r"(parity)
-      : "memory");
-  return passed != 0;
-}
-__device__ __forceinline__ void AwaitPhase(uint32_t barrier, int parity) {
-  while (!Passed(barrier, parity)) {
-  }
 }
 
 // Registers move from warpgroups that load to those that compute.
