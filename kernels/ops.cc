@@ -51,7 +51,8 @@ Work Cost(const MatMulArgs& a) {
 }
 
 // As RmsNorm for normed heads; four products and two sums for each rotated pair; one for each
-// number rounded. Queries that nothing changes are not touched.
+// number rounded. Queries that nothing changes are not touched. What goes to the cache too is
+// written twice.
 Work Cost(const PrepareQkvArgs& a) {
   const int64_t query_heads = a.query_heads(), kv_heads = a.key.shape[1];
   const int64_t rows = a.qkv.shape[0];
@@ -66,6 +67,7 @@ Work Cost(const PrepareQkvArgs& a) {
     work.flops += 6 * rows * (query_heads + kv_heads) * a.frequencies.elements();
   }
   if (!a.query_norm.empty() || !a.frequencies.empty()) work.bytes += 2 * queries.bytes();
+  if (a.cache.arena != nullptr) work.bytes += a.key.bytes() + a.value.bytes();
   return work;
 }
 

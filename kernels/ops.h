@@ -70,8 +70,13 @@ struct MatMulArgs {
 // Positions rotate pairs of the first 2 * frequencies dims of a head by position * frequency;
 // frequencies: [rotary_dim / 2] F32, radians per token, or empty. interleaved: pairs (2i, 2i+1),
 // else (i, i + rotary_dim / 2). `magnitude` scales the rotated dims.
+// cache: where its arena is given, row i is sequence i's only one in the step, and its keys and
+// values are stored as StoreKv would, at positions[i]. That attention comes after it is no harm: a
+// ring's slots hold window - 1 + page_tokens positions or more, so what the row at t displaces is
+// at t - window or before, where t sees nothing.
 struct PrepareQkvArgs {
   View qkv, query_norm, key_norm, positions, frequencies, key, value;
+  KvView cache = {};
   bool interleaved = false;
   float magnitude = 1;
   float eps = 1e-6f;

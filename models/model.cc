@@ -271,11 +271,13 @@ View Packed(const View& area, int64_t rows, int64_t columns) {
   return View::Matrix(area.data, area.dtype, rows, columns);
 }
 
+// Every sequence of a step has a row at least.
+bool OneRowEach(const RaggedBatch& batch) { return batch.rows == batch.sequences; }
+
 // Every sequence has one row, and all rows or none are observed: steps of one number of sequences
 // are alike but for what lies in memory.
 bool OnlyDecodes(const Step& step) {
-  return step.batch.rows == step.batch.sequences &&
-         (step.spans.count == 0 || step.spans.count == step.batch.rows) &&
+  return OneRowEach(step.batch) && (step.spans.count == 0 || step.spans.count == step.batch.rows) &&
          step.logit_rows.elements() == step.batch.rows;
 }
 
@@ -365,7 +367,8 @@ void Model::RunMixer(const Step& step, int index) {
   const View& qkv = product.out;
   backend_.Run(ops.MatMul, product);
   // In the cache's dtype before attention sees them, so that a key counts the same in flight and
-  // cached.
+  // cached; one row a sequence goes there at once, where many would displace what some still see.
+  const bool stores = OneRowEach(step.batch);
   const View key = Packed(work_->key, rows, kv_columns).Heads(a.kv_heads);
   const View value = Packed(work_->value, rows, kv_columns).Heads(a.kv_heads);
   backend_.Run(ops.PrepareQkv, {.qkv = qkv,
@@ -375,6 +378,7 @@ void Model::RunMixer(const Step& step, int index) {
                                 .frequencies = layer.frequencies,
                                 .key = key,
                                 .value = value,
+                                .cache = stores ? step.caches[index] : KvView(),
                                 .interleaved = a.rope.has_value() && a.rope->interleaved,
                                 .eps = spec_.norm_eps});
 
@@ -395,7 +399,9 @@ void Model::RunMixer(const Step& step, int index) {
                                .softcap = a.softcap,
                                .sinks = layer.sinks,
                                .spans = spans});
-  backend_.Run(ops.StoreKv, {key, value, step.caches[index], step.batch, a.window.value_or(0)});
+  if (!stores) {
+    backend_.Run(ops.StoreKv, {key, value, step.caches[index], step.batch, a.window.value_or(0)});
+  }
 
   backend_.Run(ops.MatMul, output);
   AddBranch(rows, layer.mixer_post_norm, layer.mlp_norm, GateUp(rows, index).x);

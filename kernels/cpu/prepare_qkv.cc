@@ -6,6 +6,7 @@
 #include "kernels/cpu/lanes.h"
 #include "kernels/cpu/norm.h"
 #include "kernels/cpu/ops_cpu.h"
+#include "kernels/cpu/store_kv.h"
 
 namespace longspan::cpu {
 namespace {
@@ -109,6 +110,7 @@ void StoreHeadsPortable(const float* x, const View& to, int64_t row) { StoreHead
 void PrepareQkv(BackendContext& context, const PrepareQkvArgs& a) {
   for (const View* to : {&a.key, &a.value}) {
     CHECK(to->dtype == DType::kF32 || to->dtype == DType::kBF16) << Info(to->dtype).name;
+    CHECK(a.cache.arena == nullptr || to->dtype == a.cache.dtype) << Info(to->dtype).name;
   }
   const bool portable = context.simd == Simd::kPortable;
   const NormRowFunction norm = NormRowOf(context.simd);
@@ -133,6 +135,8 @@ void PrepareQkv(BackendContext& context, const PrepareQkvArgs& a) {
       }
       store(key, a.key, row);
       store(key + kv_heads * dim, a.value, row);
+      if (a.cache.arena == nullptr) continue;
+      StoreRow(a.key, a.value, row, a.cache, static_cast<int>(row), a.positions.as<int32_t>()[row]);
     }
   });
 }

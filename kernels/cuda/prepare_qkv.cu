@@ -1,4 +1,6 @@
 #include "kernels/cuda/check_cuda.h"
+#include "kernels/cuda/kv_page.cuh"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/numbers.cuh"
 #include "kernels/cuda/ops_cuda.h"
 
@@ -18,6 +20,7 @@ struct Heads {
   int query_heads, kv_heads, dim, pairs;
   bool interleaved;
   float magnitude, eps;
+  KvView cache;
 };
 
 // grid: q, k and v heads of a row, kWarps to a block; rows. A lane has the head's numbers and pairs
@@ -26,6 +29,7 @@ struct Heads {
 // large angles exactly.
 template <class T, int kPer>
 __global__ void __launch_bounds__(kWarps* kWarp) Prepare(const Heads a) {
+  LetNextBegin();
   __shared__ float heads[kWarps][kPer * kWarp];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int head = blockIdx.x * kWarps + warp;
@@ -43,6 +47,15 @@ __global__ void __launch_bounds__(kWarps* kWarp) Prepare(const Heads a) {
     const int d = lane + i * kWarp;
     x[i] = d < a.dim ? from[d] : 0.0f;
     weight[i] = norm != nullptr && d < a.dim ? norm[d] : 0.0f;
+  }
+  const int kv_head = (head - a.query_heads) % a.kv_heads;  // of keys and of values
+  T* cached = nullptr;
+  if (!is_query && a.cache.arena != nullptr) {
+    const int position = a.positions[row];
+    std::byte* page = Page(a.cache, static_cast<int>(row), position) +
+                      (is_value ? a.cache.value_offset : a.cache.key_offset);
+    const int slot = position % a.cache.page_tokens;
+    cached = reinterpret_cast<T*>(page) + (int64_t{kv_head} * a.cache.page_tokens + slot) * a.dim;
   }
 #pragma unroll
   for (int i = 0; i < kPer / 2; ++i) {
@@ -83,7 +96,6 @@ __global__ void __launch_bounds__(kWarps* kWarp) Prepare(const Heads a) {
     for (int i = 0; i < kPer; ++i) x[i] = shared[lane + i * kWarp];
   }
 
-  const int kv_head = (head - a.query_heads) % a.kv_heads;  // of keys and of values
   T* to = is_value ? static_cast<T*>(a.value) + row * a.value_row + kv_head * a.value_head
                    : static_cast<T*>(a.key) + row * a.key_row + kv_head * a.key_head;
 #pragma unroll
@@ -93,7 +105,9 @@ __global__ void __launch_bounds__(kWarps* kWarp) Prepare(const Heads a) {
     if (is_query) {
       from[d] = x[i];
     } else {
-      to[d] = FromFloat<T>(x[i]);
+      const T number = FromFloat<T>(x[i]);
+      to[d] = number;
+      if (cached != nullptr) cached[d] = number;
     }
   }
 }
@@ -116,6 +130,7 @@ void Launch(BackendContext& context, const Heads& a, int64_t rows) {
 void PrepareQkv(BackendContext& context, const PrepareQkvArgs& a) {
   CHECK_LE(a.key.shape[2], 8 * kWarp);
   CHECK(a.key.dtype == a.value.dtype);
+  CHECK(a.cache.arena == nullptr || a.cache.dtype == a.key.dtype);
   if (a.qkv.elements() == 0) return;
   const Heads heads = {a.qkv.as<float>(),
                        a.query_norm.as<const float>(),
@@ -135,7 +150,8 @@ void PrepareQkv(BackendContext& context, const PrepareQkvArgs& a) {
                        static_cast<int>(a.frequencies.elements()),
                        a.interleaved,
                        a.magnitude,
-                       a.eps};
+                       a.eps,
+                       a.cache};
   switch (a.key.dtype) {
     case DType::kF32:
       Launch<float>(context, heads, a.qkv.shape[0]);

@@ -143,6 +143,14 @@ TEST_F(CudaAttention, NeighboursChangeNoBit) {
   EXPECT_EQ(c.out()[0], both[0]);
 }
 
+TEST_F(CudaAttention, StoringOneRowEachBeforeItChangesNoBit) {
+  for (DType dtype : {DType::kF32, DType::kBF16}) {
+    for (int dim : {16, 33, 256}) {
+      testing::ExpectStoringFirstChangesNoBit(*backend_, {.dim = dim, .dtype = dtype});
+    }
+  }
+}
+
 TEST_F(CudaAttention, OfFewRowsABf16OutIsTheF32OneRounded) {
   for (int dim : {4, 33, 64, 80, 256}) {
     for (DType cache : {DType::kF32, DType::kBF16}) {
@@ -361,6 +369,14 @@ TEST_F(DeterministicAttention, NeighboursChangeNoBit) {
     EXPECT_EQ(c.out()[0], together[0]);
     EXPECT_EQ(c.out()[1], together[1]);
     EXPECT_EQ(c.out()[2], together[2]);
+  }
+}
+
+TEST_F(DeterministicAttention, StoringOneRowEachBeforeItChangesNoBit) {
+  for (DType dtype : {DType::kF32, DType::kBF16}) {
+    testing::ExpectStoringFirstChangesNoBit(*backend_, {.dim = 64, .dtype = dtype});
+    testing::ExpectStoringFirstChangesNoBit(*backend_,
+                                            {.dim = 64, .dtype = dtype, .out = DType::kBF16});
   }
 }
 

@@ -127,6 +127,12 @@ TEST_P(AttentionOnEachSimd, ObservingChangesNoBit) {
   EXPECT_EQ(c.out(), plain);
 }
 
+TEST_P(AttentionOnEachSimd, StoringOneRowEachBeforeItChangesNoBit) {
+  for (DType dtype : {DType::kF32, DType::kBF16}) {
+    testing::ExpectStoringFirstChangesNoBit(*backend_, {.dtype = dtype});
+  }
+}
+
 // --- Spans ---------------------------------------------------------------------------------------
 
 TEST_P(AttentionOnEachSimd, SpansEqualTheEagerReferenceInAnyChunks) {

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <string>
 #include <type_traits>
@@ -12,12 +13,14 @@
 
 #include "kernels/backend.h"
 #include "kernels/convert.h"
+#include "tests/support/cache_pages.h"
 #include "tests/support/gpu_beside_cpu.h"
 #include "tests/support/travel.h"
 
 namespace longspan {
 namespace {
 
+using testing::CachePages;
 using testing::Travel;
 
 constexpr float kEps = 1e-5f;
@@ -203,7 +206,11 @@ struct QkvCase {
   int Columns() const { return (shape.heads + 2 * shape.kv_heads) * shape.dim; }
   int KvColumns() const { return shape.kv_heads * shape.dim; }
 
-  void Run(Backend& backend, int first, int count) {
+  enum class Store { kNone, kWithin, kAfter };
+  // Rows into the caches as well where these are given, each a sequence's: by PrepareQkv itself, or
+  // by StoreKv after it.
+  void Run(Backend& backend, int first, int count, Store store = Store::kNone,
+           CachePages* pages = nullptr, int window = 0) {
     Travel there(backend);
     const auto rows_of = [&](void* data, DType dtype, int columns) {
       View view = View::Matrix(data, dtype, rows, columns + shape.gap).Columns(0, columns);
@@ -230,7 +237,19 @@ struct QkvCase {
     args.interleaved = shape.interleaved;
     args.magnitude = shape.magnitude;
     args.eps = kEps;
+    if (store == Store::kWithin) args.cache = pages->At(there);
     backend.Run(backend.ops().PrepareQkv, args);
+    std::vector<int32_t> row_begin(count + 1);
+    std::iota(row_begin.begin(), row_begin.end(), 0);
+    if (store == Store::kAfter) {
+      const RaggedBatch batch = {count,
+                                 count,
+                                 there(row_begin),
+                                 args.positions.as<const int32_t>(),
+                                 row_begin.data(),
+                                 &positions[first]};
+      backend.Run(backend.ops().StoreKv, {args.key, args.value, pages->At(there), batch, window});
+    }
     there.Home();
     if (half) {
       for (size_t i = 0; i < key.size(); ++i) key[i] = FromBf16(half_key[i]);
@@ -300,6 +319,29 @@ TEST_F(CudaFused, ARowOfPrepareQkvDependsOnNoOther) {
   }
 }
 
+TEST_F(CudaFused, PrepareQkvStoresWhatStoreKvWould) {
+  for (QkvShape shape : kQkvShapes) {
+    for (DType dtype : {DType::kBF16, DType::kF32}) {
+      shape.cache = dtype;
+      for (int rows : {1, 5, 33}) {
+        for (int window : {0, 1, 16, 40}) {
+          SCOPED_TRACE("heads " + std::to_string(shape.heads) + " of " + std::to_string(shape.dim) +
+                       ", rows " + std::to_string(rows) + ", window " + std::to_string(window));
+          QkvCase got(shape, rows), want = got;
+          CachePages stored(rows, dtype, shape.kv_heads, shape.dim, window, 131072);
+          CachePages wanted = stored;
+          got.Run(*gpu_, 0, rows, QkvCase::Store::kWithin, &stored, window);
+          want.Run(*gpu_, 0, rows, QkvCase::Store::kAfter, &wanted, window);
+          EXPECT_TRUE(stored.arena == wanted.arena);
+          EXPECT_EQ(got.key, want.key);
+          EXPECT_EQ(got.value, want.value);
+          EXPECT_EQ(got.Queries(), want.Queries());
+        }
+      }
+    }
+  }
+}
+
 std::vector<float> GateUp(int rows, int dim) {
   std::vector<float> x = Normal(static_cast<size_t>(rows) * 2 * dim, 7);
   for (float& v : x) v *= 4;
@@ -348,23 +390,15 @@ TEST_F(CudaFused, GatedActivationOfBf16IsThatOfTheSameNumbersInF32) {
 // rings, in which some wrap.
 std::vector<uint8_t> Stored(Backend& backend, const std::vector<int>& counts, DType dtype,
                             int kv_heads, int dim, int window) {
-  constexpr int kPageTokens = 16;
-  const int slots = window > 0 ? (window - 1 + kPageTokens - 1) / kPageTokens + 1 : 5;
   const int sequences = static_cast<int>(counts.size());
-  std::vector<int32_t> row_begin = {0}, start, table;
+  std::vector<int32_t> row_begin = {0}, start;
   for (int s = 0; s < sequences; ++s) {
     row_begin.push_back(row_begin.back() + counts[s]);
     start.push_back(7 * s % 40);
   }
   const int rows = row_begin.back(), columns = kv_heads * dim;
-  const int64_t kv_bytes = BytesOf(dtype, int64_t{kv_heads} * kPageTokens * dim);
-  const int64_t page_bytes = (2 * kv_bytes + kPageUnitBytes - 1) / kPageUnitBytes * kPageUnitBytes;
-  const int pages = sequences * slots;
-  for (int i = 0; i < pages; ++i) {
-    table.push_back(static_cast<int32_t>((pages - 1 - i) * page_bytes / kPageUnitBytes));
-  }
-  std::vector<uint8_t> arena(pages * page_bytes, 0xff),
-      key(BytesOf(dtype, int64_t{rows} * columns));
+  CachePages pages(sequences, dtype, kv_heads, dim, window, 80);
+  std::vector<uint8_t> key(BytesOf(dtype, int64_t{rows} * columns));
   std::mt19937 random(dim);
   for (uint8_t& byte : key) byte = static_cast<uint8_t>(random());
   std::vector<uint8_t> value(key.rbegin(), key.rend());
@@ -373,19 +407,12 @@ std::vector<uint8_t> Stored(Backend& backend, const std::vector<int>& counts, DT
   StoreKvArgs args;
   args.key = View::Matrix(there(key), dtype, rows, columns).Heads(kv_heads);
   args.value = View::Matrix(there(value), dtype, rows, columns).Heads(kv_heads);
-  args.cache.arena = reinterpret_cast<std::byte*>(there(arena));
-  args.cache.value_offset = kv_bytes;
-  args.cache.dtype = dtype;
-  args.cache.page_tokens = kPageTokens;
-  args.cache.kv_heads = kv_heads;
-  args.cache.head_dim = dim;
-  args.cache.table = there(table);
-  args.cache.table_stride = args.cache.slots = slots;
+  args.cache = pages.At(there);
   args.batch = {sequences, rows, there(row_begin), there(start), row_begin.data(), start.data()};
   args.window = window;
   backend.Run(backend.ops().StoreKv, args);
   there.Home();
-  return arena;
+  return pages.arena;
 }
 
 TEST_F(CudaFused, StoreKvEqualsTheCpus) {

@@ -7,12 +7,16 @@
 
 #include "kernels/backend.h"
 #include "kernels/convert.h"
+#include "tests/support/cache_pages.h"
+#include "tests/support/travel.h"
 #include "tests/support/weights.h"
 
 namespace longspan {
 namespace {
 
+using testing::CachePages;
 using testing::RandomFloats;
+using testing::Travel;
 
 struct Shape {
   int heads = 4, kv_heads = 2, dim = 12, pairs = 4;  // pairs 4 of 6: the last four dims stay
@@ -191,6 +195,34 @@ TEST_P(PrepareQkvOnEachSimd, ARowDependsOnNoOther) {
   EXPECT_EQ(alone.value, all.value);
 }
 
+TEST_P(PrepareQkvOnEachSimd, StoresWhatStoreKvWould) {
+  for (DType dtype : {DType::kF32, DType::kBF16}) {
+    for (int window : {0, 1, 16, 17, 40}) {
+      SCOPED_TRACE(window);
+      Case got({.dim = 33, .pairs = 16, .cache = dtype}), want = got;
+      const int rows = static_cast<int>(got.positions.size());
+      CachePages stored(rows, dtype, got.shape.kv_heads, got.shape.dim, window, 131072);
+      CachePages wanted = stored;
+      Travel there(*backend_);
+      PrepareQkvArgs args = got.Args();
+      args.cache = stored.At(there);
+      backend_->Run(backend_->ops().PrepareQkv, args);
+      args = want.Args();
+      backend_->Run(backend_->ops().PrepareQkv, args);
+      const std::vector<int32_t> row_begin = {0, 1, 2, 3, 4, 5};
+      backend_->Run(backend_->ops().StoreKv, {args.key,
+                                              args.value,
+                                              wanted.At(there),
+                                              {rows, rows, row_begin.data(), want.positions.data()},
+                                              window});
+      EXPECT_TRUE(stored.arena == wanted.arena);
+      EXPECT_EQ(got.qkv, want.qkv);
+      EXPECT_EQ(got.key, want.key);
+      EXPECT_EQ(got.value, want.value);
+    }
+  }
+}
+
 TEST(PrepareQkvDeathTest, RefusesOtherCacheTypes) {
   const auto backend = Backend::Cpu({.threads = 1});
   Case c({.cache = DType::kF16});
@@ -203,6 +235,10 @@ TEST(Cost, OfPrepareQkvCountsWhatIsTouched) {
   PrepareQkvArgs args = c.Args();
   EXPECT_EQ(Cost(args).bytes, 4 * (2 * q + 2 * k) + 2 * 2 * k + 4 * (2 * 12 + rows + 4));
   EXPECT_EQ(Cost(args).flops, 4 * (q + k) + 6 * rows * 6 * 4 + 2 * k);
+  std::byte somewhere;
+  args.cache.arena = &somewhere;
+  EXPECT_EQ(Cost(args).bytes, 4 * (2 * q + 2 * k) + 2 * 2 * 2 * k + 4 * (2 * 12 + rows + 4));
+  args.cache.arena = nullptr;
   args.query_norm = args.key_norm = args.frequencies = View();
   EXPECT_EQ(Cost(args).bytes, 4 * 2 * k + 2 * 2 * k);
   EXPECT_EQ(Cost(args).flops, 2 * k);

@@ -173,6 +173,17 @@ TEST_P(Forward, ObservingSpansChangesNoBit) {
   EXPECT_EQ(observed.Feed(0, tokens, 9), plain.Feed(0, tokens, 9));
 }
 
+TEST(Forward, StoresKeysApartOnlyWhereASequenceHasSeveralRows) {
+  const auto backend = Backend::Cpu({.threads = 1});
+  const auto model = LoadTestModel(testing::SourcePath("tests/golden/swa_hybrid_nope"), *backend);
+  ModelRunner runner(*backend, *model, 2, 64);
+  const std::atomic<int64_t>& calls = backend->Profile(OpId::kStoreKv).calls;
+  runner.Step({{1}, {2}});
+  EXPECT_EQ(calls, 0);
+  runner.Step({{3, 4}, {5}});
+  EXPECT_EQ(calls, model->spec().layers.size());
+}
+
 TEST(Forward, MultipliesTheVocabularyOnlyForRowsThatNeedLogits) {
   const auto backend = Backend::Cpu({.threads = 1});
   const auto model = LoadTestModel(testing::SourcePath("tests/golden/swa_hybrid_nope"), *backend);

@@ -160,8 +160,12 @@ class AttentionCase {
         a.spans.probe_offsets = on_device(offsets);
       }
     }
+    const auto store = [&] {
+      backend.Run(backend.ops().StoreKv, {a.key, a.value, cache_, a.batch, shape_.window});
+    };
+    if (stores_first) store();
     backend.Run(backend.ops().Attention, a);
-    backend.Run(backend.ops().StoreKv, {a.key, a.value, cache_, a.batch, shape_.window});
+    if (!stores_first) store();
     if (!backend.host_memory()) {
       void* home = narrow ? static_cast<void*>(out_half.data()) : out.data();
       backend.CopyOut(home, out_there, a.out.bytes());
@@ -230,6 +234,8 @@ class AttentionCase {
     }
     return answer;
   }
+
+  bool stores_first = false;  // before attention, as steps of one row a sequence may
 
   float Scale() const { return 1.0f / std::sqrt(static_cast<float>(shape_.dim)); }
   const AttentionShape& shape() const { return shape_; }
