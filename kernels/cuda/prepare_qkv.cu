@@ -24,9 +24,9 @@ struct Heads {
 };
 
 // grid: q, k and v heads of a row, kWarps to a block; rows. A lane has the head's numbers and pairs
-// lane, lane + 32, …; pairs meet in shared memory. All that a head needs is read before any of it
-// is used. The angle's product is rounded to float, as the reference models do it; sincosf reduces
-// large angles exactly.
+// lane, lane + 32, …; pairs meet in shared memory. What a head needs besides them is there
+// before they are. The angle's product is rounded to float, as the reference models do it; sincosf
+// reduces large angles exactly.
 template <class T, int kPer>
 __global__ void __launch_bounds__(kWarps* kWarp) Prepare(const Heads a) {
   LetNextBegin();
@@ -45,7 +45,6 @@ __global__ void __launch_bounds__(kWarps* kWarp) Prepare(const Heads a) {
 #pragma unroll
   for (int i = 0; i < kPer; ++i) {
     const int d = lane + i * kWarp;
-    x[i] = d < a.dim ? from[d] : 0.0f;
     weight[i] = norm != nullptr && d < a.dim ? norm[d] : 0.0f;
   }
   const int kv_head = (head - a.query_heads) % a.kv_heads;  // of keys and of values
@@ -65,6 +64,12 @@ __global__ void __launch_bounds__(kWarps* kWarp) Prepare(const Heads a) {
       sines[i] *= a.magnitude;
       cosines[i] *= a.magnitude;
     }
+  }
+  AwaitEarlier();
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) {
+    const int d = lane + i * kWarp;
+    x[i] = d < a.dim ? from[d] : 0.0f;
   }
 
   if (norm != nullptr) {
@@ -115,7 +120,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) Prepare(const Heads a) {
 template <class T>
 void Launch(BackendContext& context, const Heads& a, int64_t rows) {
   const dim3 grid(Blocks(a.query_heads + 2 * a.kv_heads, kWarps), static_cast<unsigned>(rows));
-  const auto run = [&](auto kernel) { kernel<<<grid, kWarps * kWarp, 0, context.stream>>>(a); };
+  const auto run = [&](auto kernel) { LaunchEarly(context, kernel, grid, kWarps * kWarp, a); };
   if (a.dim <= 2 * kWarp) {
     run(Prepare<T, 2>);
   } else if (a.dim <= 4 * kWarp) {
