@@ -3,7 +3,7 @@
 namespace longspan {
 
 double Roofline::OperationsPerSecond(OpId op, const std::string& kind) const {
-  if (op != OpId::kMatMul) return operations_per_second;
+  if (op != OpId::kMatMul && op != OpId::kGatedMatMul) return operations_per_second;
   const auto product = product_operations_per_second.find(kind.substr(0, kind.find(' ')));
   return product == product_operations_per_second.end() ? operations_per_second : product->second;
 }

@@ -76,7 +76,8 @@ using OpCounts = std::map<std::pair<OpId, std::string>, OpCount>;
 struct Roofline {
   double bytes_per_second = 0;       // read from memory far larger than the caches
   double operations_per_second = 0;  // of the instruction that sums products in its ops
-  // The same of MatMul, by the name of its weights' type, where that takes another instruction.
+  // The same of MatMul and GatedMatMul, by the name of its weights' type, where that takes another
+  // instruction.
   std::map<std::string, double> product_operations_per_second = {};
 
   // Of an op and KindOf() its arguments.

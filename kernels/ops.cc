@@ -102,9 +102,13 @@ Work Cost(const StoreKvArgs& a) {
   return {2 * rows * kv_row, 0};
 }
 
-// Exponential, division, two products and a sum, each counted as one.
-Work Cost(const GatedActivationArgs& a) {
-  return Touching({&a.gate_up, &a.out}, 5 * a.out.elements());
+// As MatMul, whose out need not exist; then exponential, division, two products and a sum, each
+// counted as one.
+Work Cost(const GatedMatMulArgs& a) {
+  Work work = Cost(a.product);
+  work.bytes += a.out.bytes() - a.product.out.bytes();
+  work.flops += 5 * a.out.elements();
+  return work;
 }
 
 Work Cost(const GatherArgs& a) { return Touching({&a.rows, &a.out, &a.out}, 0); }
@@ -123,6 +127,8 @@ std::string KindOf(const MatMulArgs& a) {
   for (int i = 0; i < a.part_count; ++i) kind << (i == 0 ? "x" : "+") << a.parts[i].shape[0];
   return kind.str();
 }
+
+std::string KindOf(const GatedMatMulArgs& a) { return KindOf(a.product); }
 
 std::string KindOf(const AttentionArgs& a) {
   return a.window > 0 ? "window " + std::to_string(a.window) : "full";

@@ -129,10 +129,11 @@ struct StoreKvArgs {
 
 enum class Activation : uint8_t { kSilu, kGeluTanh };
 
-// out = activation(gate) * up. gate_up: [rows, 2 * dim], gate first, F32, or BF16 as MatMul's out;
-// out: [rows, dim], F32 or BF16.
-struct GatedActivationArgs {
-  View gate_up, out;
+// out = activation(gate) * up, where the product is gate | up, of two parts [dim, in]. out: [rows,
+// dim], F32 or BF16. The memory of product.out may serve as scratch and is undefined afterwards.
+struct GatedMatMulArgs {
+  MatMulArgs product;
+  View out;
   Activation activation = Activation::kSilu;
 };
 
@@ -166,7 +167,7 @@ Work Cost(const MatMulArgs& a);
 Work Cost(const PrepareQkvArgs& a);
 Work Cost(const AttentionArgs& a);
 Work Cost(const StoreKvArgs& a);
-Work Cost(const GatedActivationArgs& a);
+Work Cost(const GatedMatMulArgs& a);
 Work Cost(const GatherArgs& a);
 Work Cost(const SoftcapArgs& a);
 Work Cost(const SampleArgs& a);
@@ -178,6 +179,7 @@ std::string KindOf(const Args&) {
   return "";
 }
 std::string KindOf(const MatMulArgs& a);
+std::string KindOf(const GatedMatMulArgs& a);
 std::string KindOf(const AttentionArgs& a);
 
 // The single list of ops: the table, the profile and the names are made from it.
@@ -186,7 +188,7 @@ std::string KindOf(const AttentionArgs& a);
   X(RmsNorm)            \
   X(AddRmsNorm)         \
   X(MatMul)             \
-  X(PrepareQkv) X(Attention) X(StoreKv) X(GatedActivation) X(Gather) X(Softcap) X(Sample)
+  X(PrepareQkv) X(Attention) X(StoreKv) X(GatedMatMul) X(Gather) X(Softcap) X(Sample)
 
 enum class OpId : uint8_t {
 #define LONGSPAN_OP_ID(name) k##name,

@@ -414,8 +414,7 @@ void Model::RunMlp(int64_t rows, int index) {
   const MatMulArgs product = GateUp(rows, index);
   const MatMulArgs down = Product(Packed(work_->activated, rows, mlp.intermediate), {layer.down},
                                   work_->branch.Rows(rows));
-  backend_.Run(ops.MatMul, product);
-  backend_.Run(ops.GatedActivation, {product.out, down.x, mlp.activation});
+  backend_.Run(ops.GatedMatMul, {product, down.x, mlp.activation});
   backend_.Run(ops.MatMul, down);
   if (static_cast<size_t>(index) + 1 < layers_.size()) {
     AddBranch(rows, layer.mlp_post_norm, layers_[index + 1].mixer_norm, Qkv(rows, index + 1).x);

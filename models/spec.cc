@@ -287,7 +287,7 @@ std::vector<std::string> MissingFor(const ModelSpec& spec, const OpTable& ops) {
   needs_op(ops.PrepareQkv, true);
   needs_op(ops.Attention, true);
   needs_op(ops.StoreKv, true);
-  needs_op(ops.GatedActivation, true);
+  needs_op(ops.GatedMatMul, true);
   needs_op(ops.Gather, true);
   needs_op(ops.Softcap, spec.logit_softcap != 0);
   needs_op(ops.Sample, true);

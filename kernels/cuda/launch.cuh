@@ -10,7 +10,7 @@
 namespace longspan::cuda {
 
 // The next kernel may begin, if it was launched for that. Called first of all by short kernels that
-// stand before a product or attention.
+// stand before a product or attention, and by a product that makes the next one's x.
 __device__ __forceinline__ void LetNextBegin() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

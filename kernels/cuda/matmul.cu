@@ -79,6 +79,27 @@ DType ProductInput(const BackendContext& context, const MatMulArgs& a) {
   return DType::kBF16;
 }
 
+bool MultiplyGated(BackendContext& context, const GatedMatMulArgs& a) {
+  const View &x = a.product.x, &gate = a.product.parts[0], &up = a.product.parts[1];
+  const bool alike = up.dtype == gate.dtype && up.stride[0] == gate.stride[0];
+  if (context.deterministic || !alike || IsQuantised(gate.dtype)) return false;
+  if (x.dtype != DType::kF32 || a.out.dtype != DType::kF32) return false;
+  CHECK_EQ(x.shape[0], a.out.shape[0]);
+  CHECK_EQ(x.shape[1], gate.shape[1]);
+  CHECK_EQ(x.shape[1], up.shape[1]);
+  const Product p = {x, gate, a.out, up, a.activation};
+  if (Streams(context, p)) {
+    MultiplyStream(context, p);
+  } else if (IsSkinny(p)) {
+    MultiplySkinny(context, p);
+  } else if (p.rows() == 1 && InVectors(p)) {
+    MultiplyFloats(context, p);
+  } else {
+    return false;
+  }
+  return true;
+}
+
 void MatMul(BackendContext& context, const MatMulArgs& a) {
   CHECK(a.x.dtype == DType::kF32 || a.x.dtype == ProductInput(context, a)) << Info(a.x.dtype).name;
   CHECK(a.out.dtype == DType::kF32 || (a.out.dtype == DType::kBF16 && a.x.dtype == DType::kBF16))

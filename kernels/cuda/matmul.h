@@ -10,6 +10,9 @@ struct Product {
   View x;       // [rows, in] F32; rounded only for MultiplyTiles and MultiplyInvariant
   View weight;  // [columns, in]
   View out;     // [rows, columns] F32; BF16 only for MultiplyTiles
+  // Where given, as weight in type, shape and strides: out is activation(x · weightᵀ) * (x · upᵀ).
+  View up = {};
+  Activation activation = Activation::kSilu;
   int64_t rows() const { return x.shape[0]; }
   int64_t in() const { return x.shape[1]; }
   int64_t columns() const { return weight.shape[0]; }
@@ -50,11 +53,13 @@ constexpr int64_t kStreamRows = 8;
 bool Streams(const BackendContext& context, const Product& product);
 void MultiplyStream(BackendContext& context, const Product& product);
 // Two to kSkinnyRows rows of bf16 weights in whole vectors: each weight is read once. A row's
-// result does not depend on how many rows there are.
+// result does not depend on how many rows there are. Takes `up`.
 constexpr int64_t kSkinnyRows = 8;
 bool IsSkinny(const Product& product);
 void MultiplySkinny(BackendContext& context, const Product& product);
-// Few rows: each weight is read once, by vector loads, and multiplied in fp32.
+// Few rows: each weight is read once, by vector loads where all is InVectors, and multiplied in
+// fp32. Takes `up` for one row in vectors.
+bool InVectors(const Product& product);
 void MultiplyFloats(BackendContext& context, const Product& product);
 // Up to some tens of rows of block weights, straight from their strips: each block is read once for
 // 32 rows. A row's result does not depend on how many rows there are beside it, if any; on a
@@ -68,6 +73,9 @@ void MultiplyTiles(BackendContext& context, const Product& product);
 // Any number of rows, x and weight both BF16 or both F16, of any alignment. A row's result depends
 // neither on how many rows there are nor on its place among them.
 void MultiplyInvariant(BackendContext& context, const Product& product);
+
+// GatedMatMul where a form that takes `up` multiplies; else false, and nothing is done.
+bool MultiplyGated(BackendContext& context, const GatedMatMulArgs& args);
 
 // As Backend::ProductInput.
 DType ProductInput(const BackendContext& context, const MatMulArgs& product);

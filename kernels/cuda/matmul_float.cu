@@ -1,6 +1,8 @@
 // Few rows times float weights: kSplit warps multiply kColumns weight rows by up to kRows rows of
 // x, so that each weight is read once and each element of x serves several weights. Sums are
-// written as fmaf, so that they round alike for every kRows.
+// written as fmaf, so that they round alike for every kRows. Gated, the two weight rows are gate's
+// and up's of one column of out.
+#include "kernels/cuda/activation.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/matmul.h"
 #include "kernels/cuda/numbers.cuh"
@@ -19,17 +21,23 @@ struct FloatArgs {
   float* out;
   int64_t out_stride;
   int rows, in, columns;
+  const void* up;  // nullptr: not gated
+  bool gelu;
 };
 
-template <class T, int kRows, bool kVector, int kSplit>
+template <class T, int kRows, bool kVector, int kSplit, bool kGated>
 __global__ void __launch_bounds__(kWarpsPerBlock* kWarp) DotFloats(FloatArgs a) {
+  if constexpr (kGated) LetNextBegin();
+  constexpr int kOuts = kGated ? 1 : kColumns;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, part = warp % kSplit;
-  const int first = (blockIdx.x * (kWarpsPerBlock / kSplit) + warp / kSplit) * kColumns;
+  const int first = (blockIdx.x * (kWarpsPerBlock / kSplit) + warp / kSplit) * kOuts;
   if (first >= a.columns) return;
   const int row0 = blockIdx.y * kRows;
   const T* weight[kColumns];
   for (int c = 0; c < kColumns; ++c) {  // the last warp repeats the last column
-    weight[c] = static_cast<const T*>(a.weights) + min(first + c, a.columns - 1) * a.weight_stride;
+    const void* from = kGated && c == 1 ? a.up : a.weights;
+    const int column = kGated ? first : min(first + c, a.columns - 1);
+    weight[c] = static_cast<const T*>(from) + column * a.weight_stride;
   }
   const float* x[kRows];
   for (int r = 0; r < kRows; ++r) x[r] = a.x + int64_t{min(row0 + r, a.rows - 1)} * a.x_stride;
@@ -82,54 +90,61 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarp) DotFloats(FloatArgs a) 
   __shared__ float parts[kWarpsPerBlock][kRows][kColumns];
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
+    float totals[kColumns];
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      const float total = WarpSum(sum[r][c]);
+      totals[c] = WarpSum(sum[r][c]);
       if (lane != 0) continue;
-      if constexpr (kSplit == 1) {
-        StoreTotal(r, c, total);
-      } else {
-        parts[warp][r][c] = total;
+      if constexpr (kSplit > 1) {
+        parts[warp][r][c] = totals[c];
+      } else if constexpr (!kGated) {
+        StoreTotal(r, c, totals[c]);
       }
+    }
+    if constexpr (kGated && kSplit == 1) {
+      if (lane == 0) StoreTotal(r, 0, Activated(a.gelu, totals[0], totals[1]));
     }
   }
   if constexpr (kSplit > 1) {  // in order
     static_assert(kSplit == kWarpsPerBlock);
     __syncthreads();
-    const int r = threadIdx.x / kColumns, c = threadIdx.x % kColumns;
-    if (r >= kRows) return;
-    float all = 0;
+    const auto All = [&](int r, int c) {
+      float all = 0;
 #pragma unroll
-    for (int w = 0; w < kSplit; ++w) all += parts[w][r][c];
-    StoreTotal(r, c, all);
+      for (int w = 0; w < kSplit; ++w) all += parts[w][r][c];
+      return all;
+    };
+    const int r = threadIdx.x / kOuts, c = threadIdx.x % kOuts;
+    if (r >= kRows) return;
+    StoreTotal(r, c, kGated ? Activated(a.gelu, All(r, 0), All(r, 1)) : All(r, c));
   }
 }
 
-template <class T, int kRows>
+template <class T, int kRows, bool kGated = false>
 void Launch(BackendContext& context, const FloatArgs& a, bool vector) {
+  constexpr int kOuts = kGated ? 1 : kColumns;  // of a warp
   const auto Run = [&](auto kernel, int split) {
-    const dim3 grid(Blocks(a.columns, kWarpsPerBlock / split * kColumns), Blocks(a.rows, kRows));
+    const dim3 grid(Blocks(a.columns, kWarpsPerBlock / split * kOuts), Blocks(a.rows, kRows));
     LaunchEarly(context, kernel, grid, kWarpsPerBlock * kWarp, a);
   };
-  // A warp a pair of columns, unless these leave processors without enough loads under way.
+  // A warp a pair of weight rows, unless these leave processors without enough loads under way.
   constexpr int kWarpsToFill = 32;
-  const bool split = a.columns / kColumns < kWarpsToFill * context.sm_count;
+  const bool split = a.columns / kOuts < kWarpsToFill * context.sm_count;
   if (vector && split) {
-    Run(DotFloats<T, kRows, true, kWarpsPerBlock>, kWarpsPerBlock);
+    Run(DotFloats<T, kRows, true, kWarpsPerBlock, kGated>, kWarpsPerBlock);
   } else if (vector) {
-    Run(DotFloats<T, kRows, true, 1>, 1);
-  } else {
-    Run(DotFloats<T, kRows, false, 1>, 1);
+    Run(DotFloats<T, kRows, true, 1, kGated>, 1);
+  } else if constexpr (!kGated) {
+    Run(DotFloats<T, kRows, false, 1, false>, 1);
   }
 }
 
 template <class T>
-void Choose(BackendContext& context, const FloatArgs& a) {
-  const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
-  constexpr int kElements = 16 / sizeof(T);
-  const bool vector = aligned(a.x) && aligned(a.weights) && a.in % kElements == 0 &&
-                      a.weight_stride % kElements == 0 && a.x_stride % 4 == 0;
-  if (a.rows == 1) {
+void Choose(BackendContext& context, const FloatArgs& a, bool vector) {
+  if (a.up != nullptr) {
+    CHECK(a.rows == 1 && vector);
+    Launch<T, 1, true>(context, a, vector);
+  } else if (a.rows == 1) {
     Launch<T, 1>(context, a, vector);
   } else if (a.rows == 2) {
     Launch<T, 2>(context, a, vector);
@@ -142,6 +157,13 @@ void Choose(BackendContext& context, const FloatArgs& a) {
 
 }  // namespace
 
+bool InVectors(const Product& p) {
+  const auto aligned = [](const View& v) { return reinterpret_cast<uintptr_t>(v.data) % 16 == 0; };
+  const int64_t elements = 16 / BytesOf(p.weight.dtype, 1);
+  return aligned(p.x) && aligned(p.weight) && aligned(p.up) && p.in() % elements == 0 &&
+         p.weight.stride[0] % elements == 0 && p.x.stride[0] % 4 == 0;
+}
+
 void MultiplyFloats(BackendContext& context, const Product& p) {
   FloatArgs a;
   a.x = p.x.as<float>();
@@ -153,13 +175,16 @@ void MultiplyFloats(BackendContext& context, const Product& p) {
   a.rows = static_cast<int>(p.rows());
   a.in = static_cast<int>(p.in());
   a.columns = static_cast<int>(p.columns());
+  a.up = p.up.data;
+  a.gelu = p.activation == Activation::kGeluTanh;
+  const bool vector = InVectors(p);
   switch (p.weight.dtype) {
     case DType::kF32:
-      return Choose<float>(context, a);
+      return Choose<float>(context, a, vector);
     case DType::kF16:
-      return Choose<__half>(context, a);
+      return Choose<__half>(context, a, vector);
     case DType::kBF16:
-      return Choose<__nv_bfloat16>(context, a);
+      return Choose<__nv_bfloat16>(context, a, vector);
     default:
       CHECK(false) << Info(p.weight.dtype).name;
   }

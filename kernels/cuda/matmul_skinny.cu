@@ -1,8 +1,10 @@
 // Few rows times bf16 weights on the tensor cores, at the speed at which memory gives the weights.
 // Weights are the products' rows and x's rows their columns, of which a product has 8.
-// x goes in as two bf16 (its rounding and what that lost), which keeps 16 bits of it.
+// x goes in as two bf16 (its rounding and what that lost), which keeps 16 bits of it. Gated, the
+// halves of a tile's weights are gate's and up's of the same columns of out.
 #include <algorithm>
 
+#include "kernels/cuda/activation.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/matmul.h"
 #include "kernels/cuda/numbers.cuh"
@@ -17,6 +19,8 @@ constexpr int kWarps = 8;   // of a block; each takes every kWarps-th slice of t
 constexpr int kSlice = 32;  // elements: 8 of each of the 4 threads that share a row
 constexpr int kStep = kWarps * kSlice;
 constexpr int kTileColumns = 16;  // of a product
+template <bool kGated>
+constexpr int kTileOuts = kGated ? kTileColumns / 2 : kTileColumns;
 
 struct SkinnyArgs {
   const float* x;
@@ -26,6 +30,8 @@ struct SkinnyArgs {
   float* out;
   int64_t out_stride;
   int rows, in, columns;
+  const Bf16* up;  // nullptr: not gated
+  bool gelu;
 };
 
 // 8 elements of a row of x, in pairs.
@@ -51,19 +57,22 @@ __device__ __forceinline__ Fragment Halves(const float4 (&v)[2]) {
 
 // A product's sum over 16 elements is the same in whatever order both sides have them: here each
 // thread's are 8 that lie side by side, taken by two products.
-template <int kTiles>
+template <int kTiles, bool kGated>
 __global__ void __launch_bounds__(kWarps* kWarp) Skinny(const SkinnyArgs a) {
+  if constexpr (kGated) LetNextBegin();
   constexpr int kAhead = kTiles == 1 ? 4 : 2;  // slices whose loads are under way
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int group = lane / 4, first = lane % 4 * 8;
-  const int column0 = blockIdx.x * kTiles * kTileColumns;
+  const int column0 = blockIdx.x * kTiles * kTileOuts<kGated>;
   const Bf16* weights[kTiles][2];
 #pragma unroll
   for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {  // beyond the end the last column again
-      const int column = min(column0 + m * kTileColumns + half * 8 + group, a.columns - 1);
-      weights[m][half] = a.weights + column * a.weight_stride + first;
+      const int of_tile = kGated ? group : half * 8 + group;
+      const int column = min(column0 + m * kTileOuts<kGated> + of_tile, a.columns - 1);
+      const Bf16* from = kGated && half == 1 ? a.up : a.weights;
+      weights[m][half] = from + column * a.weight_stride + first;
     }
   }
   float sum[kTiles][4] = {};
@@ -125,20 +134,38 @@ __global__ void __launch_bounds__(kWarps* kWarp) Skinny(const SkinnyArgs a) {
     }
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < a.rows * kColumns; i += kWarps * kWarp) {
-    const int row = i / kColumns, column = i % kColumns;
-    if (column0 + column >= a.columns) continue;
+  const auto All = [&](int row, int column) {
     float all = 0;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) all += sums[w][row][column];
-    a.out[row * a.out_stride + column0 + column] = all;
+    return all;
+  };
+  constexpr int kOuts = kTiles * kTileOuts<kGated>;
+  for (int i = threadIdx.x; i < a.rows * kOuts; i += kWarps * kWarp) {
+    const int row = i / kOuts, column = i % kOuts;
+    if (column0 + column >= a.columns) continue;
+    float& to = a.out[row * a.out_stride + column0 + column];
+    if constexpr (kGated) {
+      const int gate = column / 8 * kTileColumns + column % 8;
+      to = Activated(a.gelu, All(row, gate), All(row, gate + 8));
+    } else {
+      to = All(row, column);
+    }
   }
 }
 
-template <int kTiles>
+template <bool kGated>
 void Launch(BackendContext& context, const SkinnyArgs& a) {
-  const dim3 grid(Blocks(a.columns, kTiles * kTileColumns));
-  LaunchEarly(context, Skinny<kTiles>, grid, kWarps * kWarp, a);
+  const auto Run = [&](auto kernel, int tiles) {
+    LaunchEarly(context, kernel, dim3(Blocks(a.columns, tiles * kTileOuts<kGated>)), kWarps * kWarp,
+                a);
+  };
+  // Two tiles a block read x half as often, where that leaves blocks enough for every processor.
+  if (a.columns >= 4 * kTileOuts<kGated> * context.sm_count) {
+    Run(Skinny<2, kGated>, 2);
+  } else {
+    Run(Skinny<1, kGated>, 1);
+  }
 }
 
 }  // namespace
@@ -146,7 +173,7 @@ void Launch(BackendContext& context, const SkinnyArgs& a) {
 bool Bf16InVectors(const Product& p) {
   const auto aligned = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; };
   return p.weight.dtype == DType::kBF16 && aligned(p.x.data) && aligned(p.weight.data) &&
-         p.x.stride[0] % 4 == 0 && p.weight.stride[0] % 8 == 0;
+         aligned(p.up.data) && p.x.stride[0] % 4 == 0 && p.weight.stride[0] % 8 == 0;
 }
 
 bool IsSkinny(const Product& p) {
@@ -164,11 +191,12 @@ void MultiplySkinny(BackendContext& context, const Product& p) {
   a.rows = static_cast<int>(p.rows());
   a.in = static_cast<int>(p.in());
   a.columns = static_cast<int>(p.columns());
-  // Two tiles a block read x half as often, where that leaves blocks enough for every processor.
-  if (a.columns >= 4 * kTileColumns * context.sm_count) {
-    Launch<2>(context, a);
+  a.up = p.up.as<Bf16>();
+  a.gelu = p.activation == Activation::kGeluTanh;
+  if (a.up != nullptr) {
+    Launch<true>(context, a);
   } else {
-    Launch<1>(context, a);
+    Launch<false>(context, a);
   }
 }
 

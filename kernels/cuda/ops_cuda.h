@@ -14,7 +14,7 @@ void MatMul(BackendContext& context, const MatMulArgs& args);
 void PrepareQkv(BackendContext& context, const PrepareQkvArgs& args);
 void Attention(BackendContext& context, const AttentionArgs& args);
 void StoreKv(BackendContext& context, const StoreKvArgs& args);
-void GatedActivation(BackendContext& context, const GatedActivationArgs& args);
+void GatedMatMul(BackendContext& context, const GatedMatMulArgs& args);
 void Gather(BackendContext& context, const GatherArgs& args);
 void Softcap(BackendContext& context, const SoftcapArgs& args);
 void Sample(BackendContext& context, const SampleArgs& args);

@@ -294,9 +294,12 @@ class Bench(unittest.TestCase):
             self.assertGreater(phase["tokens_per_second"], 0)
             for op in ("MatMul", "Attention", "RmsNorm"):
                 self.assertTrue(all(value > 0 for value in phase["ops"][op].values()), (phase["name"], op))
-        # One product of 64 rows with every weight of the ten layers; the vocabulary only for the last row.
-        layers = 10 * (384 * (6 + 2 + 2) * 64 + 6 * 64 * 384 + 3 * 384 * 960)
-        self.assertEqual(result["phases"][0]["ops"]["MatMul"]["flops"], 2 * (64 * layers + 384 * 8192))
+        # One product of 64 rows with every weight of the ten layers, five operations for each number activated; the
+        # vocabulary only for the last row.
+        layers = 10 * (384 * (6 + 2 + 2) * 64 + 6 * 64 * 384 + 384 * 960)
+        ops = result["phases"][0]["ops"]
+        self.assertEqual(ops["MatMul"]["flops"], 2 * (64 * layers + 384 * 8192))
+        self.assertEqual(ops["GatedMatMul"]["flops"], 64 * 10 * (2 * 2 * 384 * 960 + 5 * 960))
 
     def test_one_more_repetition_times_each_op_and_changes_no_other_figure(self):
         run = self.bench_shape("--prompts", "48", "--contexts", "40", "--repeats", "2", "--page-tokens", "16")
@@ -313,7 +316,7 @@ class Bench(unittest.TestCase):
         timed = prefill["timed_ops"]
         self.assertEqual(timed["Attention full"]["flops"], 4 * 4 * 16 * (48 * 49 // 2))
         self.assertEqual(timed["Attention window 16"]["flops"], 4 * 4 * 16 * (16 * 17 // 2 + 32 * 16))
-        self.assertEqual(timed["MatMul BF16 64x96+96"]["calls"], 2)
+        self.assertEqual(timed["GatedMatMul BF16 64x96+96"]["calls"], 2)
         # Two sequences of 41 tokens and what they decoded until they were looked at: three pages of 16 or more in the
         # full layer, two in the window's ring; 2 heads of 16.
         pages, rest = divmod(decode["cache_bytes"], 16 * 2 * 2 * 16 * 2)
@@ -346,9 +349,10 @@ class Bench(unittest.TestCase):
                          ["prefill 32", "prefill 3 x 32", "decode, 2 sequences at 40", "decode, 5 sequences at 50",
                           "prefill 32 beside 2 decoding"])
         self.assertEqual([len(phase["runs"]) for phase in result["phases"]], [2] * 5)
+        gate_up = 2 * 2 * 64 * 96
         layers = 2 * (2 * 64 * (4 + 2) * 16 + 3 * 64 * 96)
-        self.assertEqual(prefill["ops"]["MatMul"]["flops"], 2 * 2 * (32 * layers + 64 * 300))
-        self.assertEqual(three["ops"]["MatMul"]["flops"], 3 * 2 * 2 * (32 * layers + 64 * 300))
+        self.assertEqual(prefill["ops"]["MatMul"]["flops"], 2 * 2 * (32 * (layers - gate_up) + 64 * 300))
+        self.assertEqual(three["ops"]["MatMul"]["flops"], 3 * 2 * 2 * (32 * (layers - gate_up) + 64 * 300))
         # bf16 matrices and F32 norms but not the embedding table; keys and values of 2 heads of 16 in two bytes.
         weights = 2 * (layers + 64 * 300) + 4 * 64 * (2 * 2 + 1)
         for phase, batch, context in (two_at_40, 2, 40), (five_at_50, 5, 50):

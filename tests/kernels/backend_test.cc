@@ -34,6 +34,7 @@ TEST(Roofline, HoldsAProductAgainstTheInstructionOfItsWeights) {
   const Roofline roofline = {1, 100, {{"BF16", 200}, {"Q4_K", 400}}};
   EXPECT_EQ(roofline.OperationsPerSecond(OpId::kMatMul, "BF16 384x960+960"), 200);
   EXPECT_EQ(roofline.OperationsPerSecond(OpId::kMatMul, "Q4_K 640x2048"), 400);
+  EXPECT_EQ(roofline.OperationsPerSecond(OpId::kGatedMatMul, "Q4_K 640x2048+2048"), 400);
   EXPECT_EQ(roofline.OperationsPerSecond(OpId::kMatMul, "F32 640x2048"), 100);
   EXPECT_EQ(roofline.OperationsPerSecond(OpId::kAttention, "full"), 100);
 }

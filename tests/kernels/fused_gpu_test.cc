@@ -342,50 +342,6 @@ TEST_F(CudaFused, PrepareQkvStoresWhatStoreKvWould) {
   }
 }
 
-std::vector<float> GateUp(int rows, int dim) {
-  std::vector<float> x = Normal(static_cast<size_t>(rows) * 2 * dim, 7);
-  for (float& v : x) v *= 4;
-  x[0] = 200, x[2 * dim - 1] = -200;  // far beyond where exp overflows
-  return x;
-}
-
-template <class T, class From>
-std::vector<T> Activated(Backend& backend, std::vector<From> gate_up, int rows, int dim,
-                         Activation activation) {
-  std::vector<T> out(static_cast<size_t>(rows) * dim);
-  Travel there(backend);
-  backend.Run(backend.ops().GatedActivation,
-              {View::Matrix(there(gate_up), kTypeOf<From>, rows, 2 * dim),
-               View::Matrix(there(out), kTypeOf<T>, rows, dim), activation});
-  there.Home();
-  return out;
-}
-
-TEST_F(CudaFused, GatedActivationEqualsTheCpus) {
-  for (int dim : {960, 2048, 10240, 21504, 1, 37, 4}) {
-    for (int rows : {1, 5, 64}) {
-      for (Activation activation : {Activation::kSilu, Activation::kGeluTanh}) {
-        SCOPED_TRACE(dim);
-        // Either is within 3e-6 of the formula, see elementwise_test.cc.
-        const std::vector<float> x = GateUp(rows, dim);
-        const auto out = Activated<float>(*gpu_, x, rows, dim, activation);
-        ExpectNear(out, Activated<float>(*cpu_, x, rows, dim, activation), 4e-6, 6e-6);
-        EXPECT_EQ(Activated<uint16_t>(*gpu_, x, rows, dim, activation), Rounded(out));
-      }
-    }
-  }
-}
-
-TEST_F(CudaFused, GatedActivationOfBf16IsThatOfTheSameNumbersInF32) {
-  for (int dim : {960, 10240, 37, 4}) {
-    std::vector<float> x = GateUp(5, dim);
-    const std::vector<uint16_t> half = Rounded(x);
-    std::transform(half.begin(), half.end(), x.begin(), FromBf16);
-    EXPECT_EQ(Activated<float>(*gpu_, half, 5, dim, Activation::kGeluTanh),
-              Activated<float>(*gpu_, x, 5, dim, Activation::kGeluTanh));
-  }
-}
-
 // Sequences of `counts` rows each, at scattered positions of scattered pages: paged (window 0), or
 // rings, in which some wrap.
 std::vector<uint8_t> Stored(Backend& backend, const std::vector<int>& counts, DType dtype,

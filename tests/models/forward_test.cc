@@ -58,17 +58,21 @@ class NarrowBackend : public HostBackend {
     ops.RmsNorm.function = Make;
     ops.AddRmsNorm.function = Make;
     ops.Attention.function = Make;
-    ops.GatedActivation.function = Make;
-    ops.MatMul.function = [](BackendContext& context, const MatMulArgs& a) {
-      auto& watch = static_cast<Watch&>(context);
-      ++watch.products;
-      EXPECT_EQ(a.x.data, watch.made.data);
-      EXPECT_EQ(a.x.elements(), watch.made.elements());
-      EXPECT_EQ(a.x.stride[0], watch.made.stride[0]);
-      EXPECT_EQ(a.x.dtype, watch.Input(a));
-      EXPECT_EQ(watch.made.dtype, a.x.dtype);
+    ops.MatMul.function = Take;
+    ops.GatedMatMul.function = [](BackendContext& context, const GatedMatMulArgs& a) {
+      Take(context, a.product);
+      Make(context, a);
     };
     return ops;
+  }
+  static void Take(BackendContext& context, const MatMulArgs& a) {
+    auto& watch = static_cast<Watch&>(context);
+    ++watch.products;
+    EXPECT_EQ(a.x.data, watch.made.data);
+    EXPECT_EQ(a.x.elements(), watch.made.elements());
+    EXPECT_EQ(a.x.stride[0], watch.made.stride[0]);
+    EXPECT_EQ(a.x.dtype, watch.Input(a));
+    EXPECT_EQ(watch.made.dtype, a.x.dtype);
   }
   const Watch& watch_;
 };

@@ -51,13 +51,16 @@ void RowPortable(Activation activation, const float* gate, const float* up, int6
 
 }  // namespace
 
-void GatedActivation(BackendContext& context, const GatedActivationArgs& a) {
+void GatedMatMul(BackendContext& context, const GatedMatMulArgs& a) {
   CHECK(a.out.dtype == DType::kF32);
+  CHECK_EQ(a.product.out.shape[1], 2 * a.out.shape[1]);
+  MatMul(context, a.product);
+  const View& gate_up = a.product.out;
   const auto row_function = context.simd == Simd::kPortable ? RowPortable : RowAvx2;
   const int64_t dim = a.out.shape[1];
   context.team.For(a.out.shape[0], 1 + 8192 / dim, [&](int64_t begin, int64_t end, int) {
     for (int64_t row = begin; row < end; ++row) {
-      const float* gate = a.gate_up.as<float>() + row * a.gate_up.stride[0];
+      const float* gate = gate_up.as<float>() + row * gate_up.stride[0];
       row_function(a.activation, gate, gate + dim, dim, a.out.as<float>() + row * a.out.stride[0]);
     }
   });

@@ -1,5 +1,9 @@
+// The product gate | up and its activation: at once where a form for few rows multiplies, else one
+// after the other.
+#include "kernels/cuda/activation.cuh"
 #include "kernels/cuda/check_cuda.h"
 #include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/matmul.h"
 #include "kernels/cuda/numbers.cuh"
 #include "kernels/cuda/ops_cuda.h"
 
@@ -8,8 +12,7 @@ namespace {
 
 constexpr int kThreads = 128;
 
-// A thread makes kPer numbers. Gelu in the tanh form of Hendrycks and Gimpel, arXiv 1606.08415:
-// 0.5 x (1 + tanh u) = x * sigmoid(2 u).
+// A thread makes kPer numbers.
 template <class From, class T, int kPer>
 __global__ void Activate(const From* gate_up, int64_t stride, T* out, int64_t out_stride,
                          int64_t dim, bool gelu) {
@@ -23,21 +26,20 @@ __global__ void Activate(const From* gate_up, int64_t stride, T* out, int64_t ou
   Floats<kPer> result;
 #pragma unroll
   for (int i = 0; i < kPer; ++i) {
-    const float x = ToFloat(gate.at[i]);
-    const float of = gelu ? (x + x * x * x * 0.044715f) * 1.59576912160573071176f : x;
-    result.at[i] = x / (1.0f + expf(-of)) * ToFloat(up.at[i]);
+    result.at[i] = Activated(gelu, ToFloat(gate.at[i]), ToFloat(up.at[i]));
   }
   Store(result, out + blockIdx.y * out_stride + d);
 }
 
 template <int kPer>
-void Launch(BackendContext& context, const GatedActivationArgs& a) {
+void Launch(BackendContext& context, const GatedMatMulArgs& a) {
+  const View& gate_up = a.product.out;
   const int64_t dim = a.out.shape[1];
   const dim3 grid(Blocks(dim, kPer * kThreads), static_cast<unsigned>(a.out.shape[0]));
-  VisitInput(a.gate_up.dtype, [&](auto in) {
+  VisitInput(gate_up.dtype, [&](auto in) {
     VisitInput(a.out.dtype, [&](auto out) {
       LaunchEarly(context, Activate<decltype(in), decltype(out), kPer>, grid, kThreads,
-                  a.gate_up.as<decltype(in)>(), a.gate_up.stride[0], a.out.as<decltype(out)>(),
+                  gate_up.as<decltype(in)>(), gate_up.stride[0], a.out.as<decltype(out)>(),
                   a.out.stride[0], dim, a.activation == Activation::kGeluTanh);
     });
   });
@@ -45,14 +47,20 @@ void Launch(BackendContext& context, const GatedActivationArgs& a) {
 
 }  // namespace
 
-void GatedActivation(BackendContext& context, const GatedActivationArgs& a) {
+void GatedMatMul(BackendContext& context, const GatedMatMulArgs& a) {
+  CHECK_EQ(a.product.part_count, 2);
+  CHECK_EQ(a.product.parts[0].shape[0], a.out.shape[1]);
+  CHECK_EQ(a.product.parts[1].shape[0], a.out.shape[1]);
   if (a.out.elements() == 0) return;
-  if (WholeFours({&a.gate_up, &a.out})) {
-    Launch<4>(context, a);
-  } else {
-    Launch<1>(context, a);
+  if (!MultiplyGated(context, a)) {
+    MatMul(context, a.product);
+    if (WholeFours({&a.product.out, &a.out})) {
+      Launch<4>(context, a);
+    } else {
+      Launch<1>(context, a);
+    }
   }
-  CheckLaunch(context, "GatedActivation");
+  CheckLaunch(context, "GatedMatMul");
 }
 
 }  // namespace longspan::cuda
