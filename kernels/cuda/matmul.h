@@ -48,7 +48,8 @@ void UnpackStrips(BackendContext& context, const View& weight, void* out);
 // Whether an F32 x and bf16 weights have rows of 16 bytes.
 bool Bf16InVectors(const Product& product);
 // One to kStreamRows rows of bf16 weights in whole vectors, on sm_90: each weight is read once,
-// most of them before x is there. A row's result does not depend on how many rows there are.
+// most of them before x is there. A row's result does not depend on how many rows there are. Takes
+// `up`.
 constexpr int64_t kStreamRows = 8;
 bool Streams(const BackendContext& context, const Product& product);
 void MultiplyStream(BackendContext& context, const Product& product);
