@@ -1,16 +1,12 @@
 #pragma once
-// What the AVX-512 products with float weights share: how a product is cut into tiles, and how a
-// tile's sums become results.
+// How the sums of an AVX-512 tile of a product with float weights become results.
 #include <immintrin.h>
 
 #include <algorithm>
 
-#include "kernels/cpu/matmul_kernels.h"
-#include "kernels/cpu/target.h"
+#include "kernels/cpu/float_tiles.h"
 
 namespace longspan::cpu {
-
-inline constexpr int kFloatTileColumns = 16;
 
 // Of each of four vectors: the upper half added to the lower, then ((l0 + l1) + (l2 + l3)) +
 // ((l4 + l5) + (l6 + l7)).
@@ -38,36 +34,6 @@ LONGSPAN_AVX512 inline void StoreSums(const Tile& t, int64_t row, int64_t column
     for (int r = 0; r < R; ++r) {
       float* out = t.out + (row + r) * t.out_stride + column + c;
       _mm_mask_storeu_ps(out, mask, SumLanes(sum[r] + c));
-    }
-  }
-}
-
-// Calls Rows::Multiply<R, C>(tile, row, begin, end) for R rows and the outputs [begin, end), C at a
-// time, until all are done. 24 sums, a step's weights and one x fit the 32 registers.
-template <class Rows, class Tile>
-void MultiplyInTiles(const Tile& t) {
-  for (int64_t begin = 0; begin < t.columns; begin += kFloatTileColumns) {
-    const int64_t end = std::min(begin + kFloatTileColumns, t.columns);
-    int64_t row = 0;
-    for (; row + 6 <= t.rows; row += 6) Rows::template Multiply<6, 4>(t, row, begin, end);
-    switch (t.rows - row) {
-      case 5:
-        Rows::template Multiply<5, 4>(t, row, begin, end);
-        break;
-      case 4:
-        Rows::template Multiply<4, 4>(t, row, begin, end);
-        break;
-      case 3:
-        Rows::template Multiply<3, 4>(t, row, begin, end);
-        break;
-      case 2:
-        Rows::template Multiply<2, 8>(t, row, begin, end);
-        break;
-      case 1:
-        Rows::template Multiply<1, 8>(t, row, begin, end);
-        break;
-      default:
-        break;
     }
   }
 }

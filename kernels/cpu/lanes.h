@@ -4,8 +4,7 @@
 // caller, so one text serves both; callers take Lanes by reference only.
 #include <cstdint>
 
-#define LONGSPAN_AVX2 __attribute__((target("avx2,fma,f16c")))
-#define LONGSPAN_INLINE inline __attribute__((always_inline))
+#include "kernels/cpu/target.h"
 
 namespace longspan::cpu {
 

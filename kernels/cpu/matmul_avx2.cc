@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "kernels/cpu/blocks_avx2.h"
+#include "kernels/cpu/float_tiles.h"
 #include "kernels/cpu/matmul_kernels.h"
 
 namespace longspan::cpu {
@@ -294,16 +295,13 @@ LONGSPAN_AVX2 inline __m128 SumLanes(__m256 a, __m256 b, __m256 c, __m256 d) {
   return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
 }
 
-// R rows times C outputs; outputs beyond t.columns repeat the last one and are dropped.
+// R rows times C outputs; those beyond t.columns are dropped.
 template <DType kType, int R, int C>
 LONGSPAN_AVX2 inline void MultiplyFloatTile(const FloatTile& t, int64_t row, int64_t column) {
   constexpr int kBytes = Info(kType).block_bytes;
   const float* x = t.x + row * t.x_stride;
   const std::byte* w[C];
-  LONGSPAN_UNROLL
-  for (int c = 0; c < C; ++c) {
-    w[c] = t.weights + std::min(column + c, t.columns - 1) * t.weight_stride;
-  }
+  FindWeights(t, column, w);
   __m256 sum[R][C];
   LONGSPAN_UNROLL
   for (int r = 0; r < R; ++r) {

@@ -147,16 +147,13 @@ LONGSPAN_AVX512 inline __m512 LoadWeights(const std::byte* p) {
   }
 }
 
-// R rows times C outputs; outputs beyond t.columns repeat the last one and are dropped.
+// R rows times C outputs; those beyond t.columns are dropped.
 template <DType kType, int R, int C>
 LONGSPAN_AVX512 inline void MultiplyFloatTile(const FloatTile& t, int64_t row, int64_t column) {
   constexpr int kBytes = Info(kType).block_bytes;
   const float* x = t.x + row * t.x_stride;
   const std::byte* w[C];
-  LONGSPAN_UNROLL
-  for (int c = 0; c < C; ++c) {
-    w[c] = t.weights + std::min(column + c, t.columns - 1) * t.weight_stride;
-  }
+  FindWeights(t, column, w);
   __m512 sum[R][C];
   LONGSPAN_UNROLL
   for (int r = 0; r < R; ++r) {

@@ -25,16 +25,13 @@ struct Bf16Rows {
   }
 
  private:
-  // Outputs beyond t.columns repeat the last one and are dropped.
+  // Outputs beyond t.columns are dropped.
   template <int R, int C>
   LONGSPAN_AVX512_BF16 static inline void MultiplyTile(const Bf16Tile& t, int64_t row,
                                                        int64_t column) {
     const uint16_t* x = t.x + row * t.x_stride;
     const std::byte* w[C];
-    LONGSPAN_UNROLL
-    for (int c = 0; c < C; ++c) {
-      w[c] = t.weights + std::min(column + c, t.columns - 1) * t.weight_stride;
-    }
+    FindWeights(t, column, w);
     __m512 sum[R][C];
     LONGSPAN_UNROLL
     for (int r = 0; r < R; ++r) {

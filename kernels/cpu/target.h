@@ -10,6 +10,8 @@
       target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni," \
              "avx512bf16")))
 
+#define LONGSPAN_INLINE inline __attribute__((always_inline))
+
 // Unrolls the next loop fully: its arrays of vectors must become registers.
 #if defined(__clang__)
 #define LONGSPAN_UNROLL _Pragma("clang loop unroll(full)")
