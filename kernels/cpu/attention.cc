@@ -17,6 +17,7 @@
 #include "kernels/check.h"
 #include "kernels/cpu/attention_tile.h"
 #include "kernels/cpu/context.h"
+#include "kernels/cpu/instruction_set.h"
 #include "kernels/cpu/ops_cpu.h"
 #include "kernels/cpu/span_state.h"
 
@@ -390,20 +391,7 @@ void Job::Run(BackendContext& context) {
 }  // namespace
 
 void Attention(BackendContext& context, const AttentionArgs& args) {
-  Job(args, AttentionTileFor(context.simd)).Run(context);
-}
-
-const AttentionTile& AttentionTileFor(Simd simd) {
-  switch (simd) {
-    case Simd::kPortable:
-      break;
-    case Simd::kAvx2:
-      return kAttentionTileAvx2;
-    case Simd::kAvx512:
-    case Simd::kAvx512Bf16:
-      return kAttentionTileAvx512;
-  }
-  return kAttentionTilePortable;
+  Job(args, SetOf(context.simd).attention).Run(context);
 }
 
 }  // namespace longspan::cpu

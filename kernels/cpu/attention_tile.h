@@ -4,7 +4,6 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "kernels/cpu/simd.h"
 #include "kernels/dtype.h"
 
 namespace longspan::cpu {
@@ -29,9 +28,6 @@ struct AttentionTile {
                      const float* rescale, float* out);
 };
 
-const AttentionTile& AttentionTileFor(Simd simd);
-extern const AttentionTile kAttentionTilePortable;
-extern const AttentionTile kAttentionTileAvx2;
-extern const AttentionTile kAttentionTileAvx512;
+extern const AttentionTile kPortableAttentionTile;
 
 }  // namespace longspan::cpu

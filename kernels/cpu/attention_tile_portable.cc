@@ -3,6 +3,6 @@
 
 namespace longspan::cpu {
 
-const AttentionTile kAttentionTilePortable = {kLanes, Load, Scores, Softmax, Accumulate};
+const AttentionTile kPortableAttentionTile = {kLanes, Load, Scores, Softmax, Accumulate};
 
 }  // namespace longspan::cpu

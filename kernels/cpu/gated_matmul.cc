@@ -40,8 +40,8 @@ LONGSPAN_INLINE void Row(Activation activation, const float* gate, const float* 
   std::memcpy(out + d, &last_out, sizeof(float) * (dim - d));
 }
 
-LONGSPAN_AVX2 void RowAvx2(Activation activation, const float* gate, const float* up, int64_t dim,
-                           float* out) {
+LONGSPAN_LANES void RowLanes(Activation activation, const float* gate, const float* up, int64_t dim,
+                             float* out) {
   Row(activation, gate, up, dim, out);
 }
 void RowPortable(Activation activation, const float* gate, const float* up, int64_t dim,
@@ -56,7 +56,7 @@ void GatedMatMul(BackendContext& context, const GatedMatMulArgs& a) {
   CHECK_EQ(a.product.out.shape[1], 2 * a.out.shape[1]);
   MatMul(context, a.product);
   const View& gate_up = a.product.out;
-  const auto row_function = context.simd == Simd::kPortable ? RowPortable : RowAvx2;
+  const auto row_function = context.simd == Simd::kPortable ? RowPortable : RowLanes;
   const int64_t dim = a.out.shape[1];
   context.team.For(a.out.shape[0], 1 + 8192 / dim, [&](int64_t begin, int64_t end, int) {
     for (int64_t row = begin; row < end; ++row) {

@@ -6,26 +6,11 @@
 #include "kernels/check.h"
 #include "kernels/cpu/blocks.h"
 #include "kernels/cpu/context.h"
+#include "kernels/cpu/instruction_set.h"
 #include "kernels/cpu/matmul_kernels.h"
 #include "kernels/cpu/ops_cpu.h"
 
 namespace longspan::cpu {
-
-const MatMulKernels& MatMulKernelsOf(Simd simd) {
-  static const MatMulKernels avx512 = Avx512MatMul(kAvx2MatMul);
-  static const MatMulKernels avx512_bf16 = Avx512Bf16MatMul(avx512);
-  switch (simd) {
-    case Simd::kPortable:
-      break;
-    case Simd::kAvx2:
-      return kAvx2MatMul;
-    case Simd::kAvx512:
-      return avx512;
-    case Simd::kAvx512Bf16:
-      return avx512_bf16;
-  }
-  return kPortableMatMul;
-}
 
 const FloatKernels* FloatKernelsOf(const MatMulKernels& kernels, DType type) {
   switch (type) {
@@ -108,7 +93,7 @@ PanelMemory CarvePanel(Carver& carver, int64_t in) {
 class Product {
  public:
   Product(BackendContext& context, const MatMulArgs& args)
-      : context_(context), args_(args), kernels_(MatMulKernelsOf(context.simd)) {
+      : context_(context), args_(args), kernels_(SetOf(context.simd).matmul) {
     rows_ = args.x.shape[0];
     in_ = args.x.shape[1];
     padded_ = RoundUp(in_, kFloatPadding);
@@ -310,7 +295,7 @@ class Product {
 void MatMul(BackendContext& context, const MatMulArgs& args) { Product(context, args).Compute(); }
 
 View PackWeights(BackendContext& context, const View& matrix, std::byte* to) {
-  const BlockKernels* kernels = BlockKernelsOf(MatMulKernelsOf(context.simd), matrix.dtype);
+  const BlockKernels* kernels = BlockKernelsOf(SetOf(context.simd).matmul, matrix.dtype);
   CHECK(kernels != nullptr && !matrix.packed) << Info(matrix.dtype).name;
   const int64_t rows = matrix.shape[0], in = matrix.shape[1];
   const int64_t panel_bytes = PackedPanelBytes(matrix.dtype, in);

@@ -13,7 +13,6 @@
 #include <cstdint>
 
 #include "kernels/cpu/panels.h"
-#include "kernels/cpu/simd.h"
 #include "kernels/dtype.h"
 
 namespace longspan::cpu {
@@ -99,12 +98,6 @@ struct MatMulKernels {
 };
 
 extern const MatMulKernels kPortableMatMul;
-extern const MatMulKernels kAvx2MatMul;
-// The AVX2 table with the entries that AVX-512 does better.
-MatMulKernels Avx512MatMul(MatMulKernels kernels);
-MatMulKernels Avx512Bf16MatMul(MatMulKernels kernels);
-
-const MatMulKernels& MatMulKernelsOf(Simd simd);
 
 // The entry of a weight type; nullptr when it is not of that kind.
 const FloatKernels* FloatKernelsOf(const MatMulKernels& kernels, DType type);

@@ -26,8 +26,8 @@ LONGSPAN_INLINE void NormRow(const float* x, const float* weight, int64_t dim, f
   for (d = 0; d < dim; ++d) out[d] = x[d] * scale * weight[d];
 }
 
-LONGSPAN_AVX2 void NormRowAvx2(const float* x, const float* weight, int64_t dim, float eps,
-                               float* out) {
+LONGSPAN_LANES void NormRowLanes(const float* x, const float* weight, int64_t dim, float eps,
+                                 float* out) {
   NormRow(x, weight, dim, eps, out);
 }
 void NormRowPortable(const float* x, const float* weight, int64_t dim, float eps, float* out) {
@@ -37,7 +37,7 @@ void NormRowPortable(const float* x, const float* weight, int64_t dim, float eps
 }  // namespace
 
 NormRowFunction NormRowOf(Simd simd) {
-  return simd == Simd::kPortable ? NormRowPortable : NormRowAvx2;
+  return simd == Simd::kPortable ? NormRowPortable : NormRowLanes;
 }
 
 void RmsNorm(BackendContext& context, const RmsNormArgs& a) {

@@ -77,8 +77,8 @@ LONGSPAN_INLINE void RotateRow(const PrepareQkvArgs& a, int32_t position, int64_
   }
 }
 
-LONGSPAN_AVX2 void RotateRowAvx2(const PrepareQkvArgs& a, int32_t position, int64_t heads, float* x,
-                                 float* angles) {
+LONGSPAN_LANES void RotateRowLanes(const PrepareQkvArgs& a, int32_t position, int64_t heads,
+                                   float* x, float* angles) {
   RotateRow(a, position, heads, x, angles);
 }
 void RotateRowPortable(const PrepareQkvArgs& a, int32_t position, int64_t heads, float* x,
@@ -100,7 +100,7 @@ LONGSPAN_INLINE void StoreHeads(const float* x, const View& to, int64_t row) {
   }
 }
 
-LONGSPAN_AVX2 void StoreHeadsAvx2(const float* x, const View& to, int64_t row) {
+LONGSPAN_LANES void StoreHeadsLanes(const float* x, const View& to, int64_t row) {
   StoreHeads(x, to, row);
 }
 void StoreHeadsPortable(const float* x, const View& to, int64_t row) { StoreHeads(x, to, row); }
@@ -114,8 +114,8 @@ void PrepareQkv(BackendContext& context, const PrepareQkvArgs& a) {
   }
   const bool portable = context.simd == Simd::kPortable;
   const NormRowFunction norm = NormRowOf(context.simd);
-  const auto rotate = portable ? RotateRowPortable : RotateRowAvx2;
-  const auto store = portable ? StoreHeadsPortable : StoreHeadsAvx2;
+  const auto rotate = portable ? RotateRowPortable : RotateRowLanes;
+  const auto store = portable ? StoreHeadsPortable : StoreHeadsLanes;
   const int64_t dim = a.key.shape[2], heads = a.query_heads(), kv_heads = a.key.shape[1];
   const auto norm_heads = [&](float* x, int64_t count, const View& weight) {
     if (weight.empty()) return;

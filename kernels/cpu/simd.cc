@@ -1,6 +1,19 @@
 #include "kernels/cpu/simd.h"
 
+#include "kernels/check.h"
+#include "kernels/cpu/instruction_set.h"
+
 namespace longspan {
+namespace {
+
+const cpu::InstructionSet* Find(Simd simd) {
+  for (const cpu::InstructionSet& set : cpu::BuiltSets()) {
+    if (set.simd == simd) return &set;
+  }
+  return nullptr;
+}
+
+}  // namespace
 
 const char* SimdName(Simd simd) {
   switch (simd) {
@@ -24,27 +37,25 @@ std::optional<Simd> ParseSimd(std::string_view name) {
 }
 
 bool MachineRuns(Simd simd) {
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  switch (simd) {
-    case Simd::kPortable:
-      return true;
-    case Simd::kAvx2:
-      return avx2;
-    case Simd::kAvx512:
-      return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-             __builtin_cpu_supports("avx512vnni");
-    case Simd::kAvx512Bf16:
-      return MachineRuns(Simd::kAvx512) && __builtin_cpu_supports("avx512bf16");
-  }
-  return false;
+  const cpu::InstructionSet* set = Find(simd);
+  return set != nullptr && set->machine_runs();
 }
 
 Simd BestSimd() {
-  for (Simd simd : {Simd::kAvx512, Simd::kAvx2}) {
-    if (MachineRuns(simd)) return simd;
+  for (const cpu::InstructionSet& set : cpu::BuiltSets()) {
+    const bool rounds = set.matmul.rounded_bf16.multiply != nullptr;
+    if (!rounds && set.machine_runs()) return set.simd;
   }
   return Simd::kPortable;
 }
 
+namespace cpu {
+
+const InstructionSet& SetOf(Simd simd) {
+  const InstructionSet* set = Find(simd);
+  CHECK(set != nullptr) << "this build has no " << SimdName(simd);
+  return *set;
+}
+
+}  // namespace cpu
 }  // namespace longspan

@@ -10,6 +10,13 @@
       target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni," \
              "avx512bf16")))
 
+// What every set but the portable one compiles plain C++ to where it has no text of its own.
+#if defined(__x86_64__)
+#define LONGSPAN_LANES LONGSPAN_AVX2
+#else
+#define LONGSPAN_LANES
+#endif
+
 #define LONGSPAN_INLINE inline __attribute__((always_inline))
 
 // Unrolls the next loop fully: its arrays of vectors must become registers.

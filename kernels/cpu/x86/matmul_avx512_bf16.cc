@@ -7,8 +7,10 @@
 
 #include <algorithm>
 
-#include "kernels/cpu/blocks_avx2.h"
-#include "kernels/cpu/float_tiles_avx512.h"
+#include "kernels/cpu/prefetch.h"
+#include "kernels/cpu/x86/blocks_avx2.h"
+#include "kernels/cpu/x86/float_tiles_avx512.h"
+#include "kernels/cpu/x86/sets.h"
 
 namespace longspan::cpu {
 namespace {

@@ -1,9 +1,11 @@
 // MatMul's inner loops in AVX2 with FMA: unpacking, quantising, and tiles of panels.
 #include <algorithm>
 
-#include "kernels/cpu/blocks_avx2.h"
 #include "kernels/cpu/float_tiles.h"
 #include "kernels/cpu/matmul_kernels.h"
+#include "kernels/cpu/prefetch.h"
+#include "kernels/cpu/x86/blocks_avx2.h"
+#include "kernels/cpu/x86/sets.h"
 
 namespace longspan::cpu {
 namespace {

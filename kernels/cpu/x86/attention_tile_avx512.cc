@@ -13,6 +13,7 @@
 
 #include "kernels/cpu/attention_tile.h"
 #include "kernels/cpu/target.h"
+#include "kernels/cpu/x86/sets.h"
 
 namespace longspan::cpu {
 namespace {
@@ -198,6 +199,6 @@ LONGSPAN_AVX512 void Accumulate(const float* p, int count, const float* values, 
 
 }  // namespace
 
-const AttentionTile kAttentionTileAvx512 = {kWide, Load, Scores, Softmax, Accumulate};
+const AttentionTile kAvx512AttentionTile = {kWide, Load, Scores, Softmax, Accumulate};
 
 }  // namespace longspan::cpu
