@@ -86,8 +86,8 @@ struct Roofline {
 
 struct CpuOptions {
   int threads = 0;  // 0: one per core that the process may run on
-  // "": the best this machine has of "avx512", "avx2" and "portable"; or one of them, or
-  // "avx512_bf16": products with BF16 weights then round their x to BF16.
+  // A name of cpu/simd.h; "": the best this machine has of those that round no activation.
+  // "avx512_bf16": products with BF16 weights round their x to BF16.
   std::string simd = "";
 };
 

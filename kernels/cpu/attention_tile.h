@@ -12,7 +12,7 @@ inline constexpr int kBlockKeys = 64;    // keys of a block, aligned to absolute
 inline constexpr int kTileQueries = 64;  // (token, head) pairs of a tile: amortises loading a block
 
 struct AttentionTile {
-  int lanes;  // 8 or 16
+  int lanes;  // 4, 8 or 16
   // Rows of `dim` elements (F32 or BF16), `stride` bytes apart, as F32, each zero-padded to
   // `padded`.
   void (*load)(DType dtype, const std::byte* from, int64_t stride, int rows, int dim, int padded,

@@ -31,7 +31,7 @@ Simd ChooseSimd(const std::string& name) {
   if (name.empty()) return BestSimd();
   const std::optional<Simd> simd = ParseSimd(name);
   CHECK(simd.has_value()) << "unknown simd '" << name
-                          << "': use avx512_bf16, avx512, avx2 or portable";
+                          << "': use avx512_bf16, avx512, avx2, neon_dot, neon or portable";
   CHECK(MachineRuns(*simd)) << "this machine cannot run simd '" << name << "'; its best is "
                             << SimdName(BestSimd());
   return *simd;

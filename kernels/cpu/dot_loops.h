@@ -5,13 +5,18 @@
 namespace longspan::cpu {
 
 inline constexpr int64_t kDotIterations = 1 << 15;
-inline constexpr int kDotChains = 10;  // more than latency times width of the units that do them
+// More than latency times width of the units that do them, where 16 registers must do.
+inline constexpr int kDotChains = 10;
 
-// Does kDotIterations * kDotChains instructions and says how many operations one of them is.
 struct DotLoop {
   void (*run)();
-  int operations;
+  int64_t operations;  // of a run: a product and a sum are two
 };
+
+// Of a loop of kDotChains chains of an instruction that does so many.
+constexpr DotLoop Chains(void (*run)(), int operations) {
+  return {run, kDotIterations * kDotChains * operations};
+}
 
 struct DotLoops {
   DotLoop f32;

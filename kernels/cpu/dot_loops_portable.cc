@@ -29,6 +29,7 @@ void Int8() {
 
 }  // namespace
 
-const DotLoops kPortableDotLoops = {.f32 = {Float, 2}, .bf16 = {Float, 2}, .int8 = {Int8, 2}};
+const DotLoops kPortableDotLoops = {
+    .f32 = Chains(Float, 2), .bf16 = Chains(Float, 2), .int8 = Chains(Int8, 2)};
 
 }  // namespace longspan::cpu

@@ -1,6 +1,6 @@
 #pragma once
 // What the CPU ops take from an instruction set, and which sets this build has: those of
-// x86/instruction_sets.cc, by the processor that CMake builds for.
+// x86/instruction_sets.cc or arm64/instruction_sets.cc, by the processor that CMake builds for.
 #include <span>
 
 #include "kernels/cpu/attention_tile.h"

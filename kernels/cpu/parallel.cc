@@ -13,6 +13,8 @@ constexpr int kSpins = 1500;
 inline void Pause() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("isb");  // its "yield" instruction does nothing on most processors
 #else
   std::this_thread::yield();
 #endif

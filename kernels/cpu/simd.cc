@@ -25,6 +25,10 @@ const char* SimdName(Simd simd) {
       return "avx512";
     case Simd::kAvx512Bf16:
       return "avx512_bf16";
+    case Simd::kNeon:
+      return "neon";
+    case Simd::kNeonDot:
+      return "neon_dot";
   }
   return "?";
 }

@@ -12,10 +12,13 @@ enum class Simd : unsigned char {
   // AVX-512 with BF16's dot product: products with BF16 weights round x to BF16. Never chosen
   // unless named.
   kAvx512Bf16,
+  kNeon,     // of every 64-bit Arm processor
+  kNeonDot,  // NEON with dot products of bytes (FEAT_DotProd)
 };
-inline constexpr Simd kSimds[] = {Simd::kAvx512Bf16, Simd::kAvx512, Simd::kAvx2, Simd::kPortable};
+inline constexpr Simd kSimds[] = {Simd::kAvx512Bf16, Simd::kAvx512, Simd::kAvx2,
+                                  Simd::kNeonDot,    Simd::kNeon,   Simd::kPortable};
 
-const char* SimdName(Simd simd);  // "avx512_bf16", "avx512", "avx2", "portable"
+const char* SimdName(Simd simd);  // "avx512_bf16", "avx512", "avx2", "neon_dot", "neon", "portable"
 std::optional<Simd> ParseSimd(std::string_view name);  // nullopt: no such name
 bool MachineRuns(Simd simd);
 Simd BestSimd();  // the fastest of those that round no activation

@@ -10,6 +10,8 @@
       target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni," \
              "avx512bf16")))
 
+#define LONGSPAN_NEON_DOT __attribute__((target("arch=armv8.2-a+dotprod")))
+
 // What every set but the portable one compiles plain C++ to where it has no text of its own.
 #if defined(__x86_64__)
 #define LONGSPAN_LANES LONGSPAN_AVX2

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <chrono>
+#include <cstdlib>
 #include <cstring>
 
 #include "kernels/cpu/simd.h"
@@ -19,10 +20,18 @@ TEST(CpuBackend, NamesItsInstructionsAndThreads) {
 
 TEST(CpuBackendDeathTest, RefusesInstructionsThatAreNotThere) {
   EXPECT_DEATH(Backend::Cpu({.simd = "mmx"}),
-               "unknown simd 'mmx': use avx512_bf16, avx512, avx2 or portable");
-  if (!MachineRuns(Simd::kAvx512)) {
-    EXPECT_DEATH(Backend::Cpu({.simd = "avx512"}), "cannot run simd 'avx512'");
+               "unknown simd 'mmx': use avx512_bf16, avx512, avx2, neon_dot, neon or portable");
+  for (const Simd simd : kSimds) {
+    if (MachineRuns(simd)) continue;
+    const std::string name = SimdName(simd);
+    EXPECT_DEATH(Backend::Cpu({.simd = name}), "cannot run simd '" + name + "'");
   }
+}
+
+TEST(CpuBackend, ChoosesTheBestSetOfAKnownProcessor) {
+  const char* best = std::getenv("LONGSPAN_BEST_SIMD");
+  if (best == nullptr) GTEST_SKIP() << "LONGSPAN_BEST_SIMD does not say which it is";
+  EXPECT_STREQ(SimdName(BestSimd()), best);
 }
 
 TEST(CpuBackend, RoundsActivationsOnlyWhenToldTo) {

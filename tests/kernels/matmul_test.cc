@@ -8,6 +8,7 @@
 #include "kernels/backend.h"
 #include "kernels/convert.h"
 #include "kernels/cpu/simd.h"
+#include "tests/support/simds.h"
 #include "tests/support/weights.h"
 
 namespace longspan {
@@ -69,8 +70,7 @@ class MatMul : public ::testing::TestWithParam<const char*> {
   bool rounds() const { return ParseSimd(GetParam()) == Simd::kAvx512Bf16; }
 };
 
-INSTANTIATE_TEST_SUITE_P(Simd, MatMul,
-                         ::testing::Values("portable", "avx2", "avx512", "avx512_bf16"),
+INSTANTIATE_TEST_SUITE_P(Simd, MatMul, ::testing::ValuesIn(testing::BuiltSimds()),
                          [](const auto& info) { return std::string(info.param); });
 
 // `rounds`: x becomes BF16 where the weights are.
@@ -95,7 +95,7 @@ void ExpectProduct(const Weights& w, const std::vector<float>& x, int64_t rows,
         magnitude += largest * std::fabs(quantised[i]);
         step_error += std::fabs(weights[i]) * std::fabs(quantised[i] - row[i]);
       }
-      // Every element enters a chain of at most columns / 8 fp32 roundings; block kernels add at
+      // Every element enters a chain of at most columns / 4 fp32 roundings; block kernels add at
       // most four per group of 16. Levels and mins apart are at most twice the largest weight.
       const double rounding = kEpsilon * (w.columns / 4 + 16) * 2 * magnitude;
       const float got = out[r * w.rows + c];
@@ -186,6 +186,27 @@ TEST_P(MatMul, GivesARowTheSameBitsWhateverItsNeighboursAndThreads) {
           ASSERT_EQ(0, std::memcmp(out.data(), all.data() + first * kColumns, 4 * out.size()))
               << Info(type).name << " rows " << count << " threads " << threads;
         }
+      }
+    }
+  }
+}
+
+// Integer dot products are exact, and what follows is one chain of fused products.
+TEST(MatMulOfBlocks, GivesTheSameBitsOnEverySetButThePortableOne) {
+  std::mt19937 random(10);
+  for (DType type : kWeightTypes) {
+    if (!IsQuantised(type)) continue;
+    const Weights w = RandomWeights(type, 45, 768, random);
+    for (int64_t rows : {1, 2, 3, 15}) {
+      const std::vector<float> x = RandomFloats(rows * w.columns, random);
+      std::vector<float> first;
+      for (const char* simd : testing::RunnableSimds()) {
+        if (ParseSimd(simd) == Simd::kPortable) continue;
+        const std::vector<float> out =
+            Multiply(*Backend::Cpu({.threads = 1, .simd = simd}), x, rows, {&w});
+        if (first.empty()) first = out;
+        ASSERT_EQ(0, std::memcmp(out.data(), first.data(), 4 * out.size()))
+            << simd << " " << Info(type).name << " rows " << rows;
       }
     }
   }

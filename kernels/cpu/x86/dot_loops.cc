@@ -79,10 +79,12 @@ LONGSPAN_AVX512_BF16 void Bf16Avx512() {
 }  // namespace
 
 const DotLoops kAvx2DotLoops = {
-    .f32 = {FloatAvx2, 16}, .bf16 = {FloatAvx2, 16}, .int8 = {Int8Avx2, 64}};
-const DotLoops kAvx512DotLoops = {
-    .f32 = {FloatAvx512, 32}, .bf16 = {FloatAvx512, 32}, .int8 = {Int8Avx512, 128}};
-const DotLoops kAvx512Bf16DotLoops = {
-    .f32 = {FloatAvx512, 32}, .bf16 = {Bf16Avx512, 64}, .int8 = {Int8Avx512, 128}};
+    .f32 = Chains(FloatAvx2, 16), .bf16 = Chains(FloatAvx2, 16), .int8 = Chains(Int8Avx2, 64)};
+const DotLoops kAvx512DotLoops = {.f32 = Chains(FloatAvx512, 32),
+                                  .bf16 = Chains(FloatAvx512, 32),
+                                  .int8 = Chains(Int8Avx512, 128)};
+const DotLoops kAvx512Bf16DotLoops = {.f32 = Chains(FloatAvx512, 32),
+                                      .bf16 = Chains(Bf16Avx512, 64),
+                                      .int8 = Chains(Int8Avx512, 128)};
 
 }  // namespace longspan::cpu
