@@ -14,6 +14,7 @@
 #include "kernels/cpu/attention_tile.h"
 #include "kernels/cpu/target.h"
 #include "kernels/cpu/x86/sets.h"
+#include "kernels/cpu/x86/sum_lanes_avx512.h"
 
 namespace longspan::cpu {
 namespace {
@@ -34,31 +35,6 @@ LONGSPAN_AVX512 void Load(DType dtype, const std::byte* from, int64_t stride, in
       _mm512_storeu_ps(to + d, value);
     }
   }
-}
-
-LONGSPAN_AVX512 inline __m512 Pairs(__m512 a, __m512 b) {
-  return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
-}
-
-// Lane i: the sum of v[i]'s lanes.
-LONGSPAN_AVX512 inline __m512 SumSixteen(const __m512 (&v)[16]) {
-  // Halves: of two vectors the lower and upper halves added, side by side.
-  __m512 half[8];
-  LONGSPAN_UNROLL
-  for (int i = 0; i < 8; ++i) {
-    half[i] = _mm512_add_ps(_mm512_shuffle_f32x4(v[i], v[i + 8], 0x44),
-                            _mm512_shuffle_f32x4(v[i], v[i + 8], 0xee));
-  }
-  __m512 two[4], one[2];
-  LONGSPAN_UNROLL
-  for (int i = 0; i < 4; ++i) two[i] = Pairs(half[2 * i], half[2 * i + 1]);
-  LONGSPAN_UNROLL
-  for (int i = 0; i < 2; ++i) one[i] = Pairs(two[2 * i], two[2 * i + 1]);
-  // Quarters of one[0]: v0..3 low, v0..3 high, v8..11 low, v8..11 high; of one[1] the rest.
-  const __m512 low = _mm512_shuffle_f32x4(one[0], one[1], 0x88);  // v0..3 v8..11 v4..7 v12..15
-  const __m512 high = _mm512_shuffle_f32x4(one[0], one[1], 0xdd);
-  const __m512 sum = _mm512_add_ps(low, high);
-  return _mm512_shuffle_f32x4(sum, sum, 0xd8);
 }
 
 // kQ queries against 16 / kQ keys.
@@ -82,7 +58,7 @@ LONGSPAN_AVX512 inline void ScoreTile(const float* queries, const float* keys, i
     }
   }
   float out[16];
-  _mm512_storeu_ps(out, SumSixteen(sums));
+  _mm512_storeu_ps(out, SumLanes(sums));
   LONGSPAN_UNROLL
   for (int q = 0; q < kQ; ++q) {
     std::memcpy(scores + q * kBlockKeys, out + q * kK, sizeof(float) * kK);

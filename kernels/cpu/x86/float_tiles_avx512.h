@@ -5,36 +5,45 @@
 #include <algorithm>
 
 #include "kernels/cpu/float_tiles.h"
+#include "kernels/cpu/x86/sum_lanes_avx512.h"
 
 namespace longspan::cpu {
 
-// Of each of four vectors: the upper half added to the lower, then ((l0 + l1) + (l2 + l3)) +
-// ((l4 + l5) + (l6 + l7)).
-LONGSPAN_AVX512 inline __m128 SumLanes(const __m512 v[4]) {
-  __m256 eight[4];
-  LONGSPAN_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    eight[i] = _mm256_add_ps(_mm512_castps512_ps256(v[i]), _mm512_extractf32x8_ps(v[i], 1));
+// The sums of rows [kFirst, R) and four outputs from column c on, of which `valid` are stored.
+template <int kFirst, int R, int C, class Tile>
+LONGSPAN_AVX512 LONGSPAN_INLINE void StoreRows(const Tile& t, int64_t row, int64_t column, int c,
+                                               __mmask8 valid, const __m512 (&sum)[R][C]) {
+  if constexpr (kFirst < R) {
+    constexpr int kLeft = R - kFirst, kRows = kLeft >= 4 ? 4 : kLeft >= 2 ? 2 : 1;
+    __m512 some[4 * kRows];
+    LONGSPAN_UNROLL
+    for (int i = 0; i < 4 * kRows; ++i) some[i] = sum[kFirst + i / 4][c + i % 4];
+    const auto sums = SumLanes(some);
+    float* out = t.out + (row + kFirst) * t.out_stride + column + c;
+    if constexpr (kRows == 1) {
+      _mm_mask_storeu_ps(out, valid, sums);
+    } else if constexpr (kRows == 2) {
+      _mm_mask_storeu_ps(out, valid, _mm256_castps256_ps128(sums));
+      _mm_mask_storeu_ps(out + t.out_stride, valid, _mm256_extractf128_ps(sums, 1));
+    } else {
+      _mm_mask_storeu_ps(out, valid, _mm512_castps512_ps128(sums));
+      _mm_mask_storeu_ps(out + t.out_stride, valid, _mm512_extractf32x4_ps(sums, 1));
+      _mm_mask_storeu_ps(out + 2 * t.out_stride, valid, _mm512_extractf32x4_ps(sums, 2));
+      _mm_mask_storeu_ps(out + 3 * t.out_stride, valid, _mm512_extractf32x4_ps(sums, 3));
+    }
+    StoreRows<kFirst + kRows, R, C>(t, row, column, c, valid, sum);
   }
-  const __m256 all =
-      _mm256_hadd_ps(_mm256_hadd_ps(eight[0], eight[1]), _mm256_hadd_ps(eight[2], eight[3]));
-  return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
 }
 
 // The sums of R rows and C outputs; outputs beyond t.columns are dropped.
 template <int R, int C, class Tile>
-LONGSPAN_AVX512 inline void StoreSums(const Tile& t, int64_t row, int64_t column,
-                                      const __m512 (&sum)[R][C]) {
+LONGSPAN_AVX512 LONGSPAN_INLINE void StoreSums(const Tile& t, int64_t row, int64_t column,
+                                               const __m512 (&sum)[R][C]) {
   static_assert(C % 4 == 0);
   LONGSPAN_UNROLL
   for (int c = 0; c < C; c += 4) {
-    const int64_t valid = std::clamp<int64_t>(t.columns - column - c, 0, 4);
-    const __mmask8 mask = static_cast<__mmask8>((1u << valid) - 1);
-    LONGSPAN_UNROLL
-    for (int r = 0; r < R; ++r) {
-      float* out = t.out + (row + r) * t.out_stride + column + c;
-      _mm_mask_storeu_ps(out, mask, SumLanes(sum[r] + c));
-    }
+    const int64_t count = std::clamp<int64_t>(t.columns - column - c, 0, 4);
+    StoreRows<0, R, C>(t, row, column, c, static_cast<__mmask8>((1u << count) - 1), sum);
   }
 }
 
