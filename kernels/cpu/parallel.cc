@@ -100,7 +100,8 @@ void ThreadTeam::AwaitWorkers() {
     Pause();
   }
   std::unique_lock lock(mutex_);
-  caller_sleeps_ = true;
+  // Not a plain store: qemu 7.2 lets the load of running_ pass one, and both sides then sleep.
+  caller_sleeps_.exchange(true);
   done_.wait(lock, [&] { return running_ == 0; });
   caller_sleeps_ = false;
 }
