@@ -24,6 +24,8 @@ constexpr int kOldestCapability = 80;            // the first with bf16 tensor c
 constexpr size_t kMostGraphs = 512;              // some 100 KiB of memory each
 constexpr size_t kStageBytes = size_t{8} << 20;  // pinned, each way of each half
 
+__global__ void Nothing() {}
+
 OpTable CudaOps() {
   OpTable table;
 #define LONGSPAN_CUDA_OP(name)                                                 \
@@ -300,6 +302,13 @@ std::unique_ptr<Backend> Backend::Cuda(const CudaOptions& options, std::string* 
     *why = text.str();
     return nullptr;
   }
+  // What the code was built for may be less than what the device can.
+  cudaFuncAttributes code;
+  if (!cuda::Ok(c, cudaFuncGetAttributes(&code, Nothing), "looking for code for this GPU")) {
+    *why = std::string(properties.name) + ": " + c.fault;
+    return nullptr;
+  }
+  c.compute_capability = std::min(c.compute_capability, code.ptxVersion);
   c.sm_count = properties.multiProcessorCount;
   c.l2_bytes = properties.l2CacheSize;
   c.max_shared_bytes = static_cast<int>(properties.sharedMemPerBlockOptin);

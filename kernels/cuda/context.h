@@ -16,7 +16,7 @@ struct TilePlans;
 struct BackendContext : longspan::BackendContext {
   cudaStream_t stream = nullptr;  // every op's kernels, in call order
   int device = 0;
-  int compute_capability = 0;  // 90 for sm_90
+  int compute_capability = 0;  // of the device and of the code that it runs: 90 for sm_90
   int sm_count = 0;
   size_t l2_bytes = 0;
   int max_shared_bytes = 0;    // of one block, opted in
