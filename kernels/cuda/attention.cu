@@ -5,9 +5,10 @@
 // A row's keys are cut into splits by the row's own length alone, so that its result depends
 // neither on its neighbours nor on the chunk it arrived in. A block makes one split's partial
 // result (where keys are bf16 a warp, attention_splits.cu), and a second kernel merges a row's
-// splits in order. Splits of observed rows also leave their scores, from which a third kernel,
-// beside the second, makes records (attention_spans.cu); of an observed row that is attended in a
-// tile, splits are made for that.
+// splits in order; where these are few, a cluster of blocks does all of it (attention_clusters.cu).
+// Splits of observed rows also leave their scores, from which another kernel makes records
+// (attention_spans.cu), beside the merge where there is one; of an observed row that is attended in
+// a tile, splits are made for that.
 #include <algorithm>
 
 #include "kernels/cuda/attention.cuh"
