@@ -5,7 +5,6 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "kernels/kv_view.h"
 
 namespace longspan {
 
@@ -23,7 +22,8 @@ int64_t Arena::SuperblockBytes(const std::vector<int64_t>& page_bytes, int64_t f
   return superblock;
 }
 
-absl::StatusOr<Arena> Arena::Create(Backend& backend, int64_t bytes, int64_t superblock_bytes) {
+absl::StatusOr<Arena> Arena::Create(Backend& backend, int64_t bytes, int64_t superblock_bytes,
+                                    int64_t waste_bytes) {
   CHECK_EQ(superblock_bytes % kPageUnitBytes, 0);
   const int64_t total = bytes / superblock_bytes;
   if (total < 1) {
@@ -36,7 +36,7 @@ absl::StatusOr<Arena> Arena::Create(Backend& backend, int64_t bytes, int64_t sup
     return absl::ResourceExhaustedError(
         absl::StrCat("a cache of ", bytes, " bytes is beyond the limit of ", most, " bytes"));
   }
-  Buffer buffer = backend.Allocate(total * superblock_bytes);
+  Buffer buffer = backend.Allocate(total * superblock_bytes + waste_bytes);
   if (buffer.data() == nullptr) {
     return absl::ResourceExhaustedError(
         absl::StrCat("no memory for a cache of ", total * superblock_bytes, " bytes"));

@@ -7,6 +7,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "kernels/backend.h"
+#include "kernels/kv_view.h"
 
 namespace longspan {
 
@@ -19,15 +20,21 @@ class Arena {
   // for a kind that the model lacks.
   static int64_t SuperblockBytes(const std::vector<int64_t>& page_bytes,
                                  int64_t floor_bytes = kSuperblockFloor);
-  // As many superblocks as `bytes` holds. ResourceExhausted with both numbers if that is none, if
-  // page ids cannot count so far, or if the backend has not the memory.
-  static absl::StatusOr<Arena> Create(Backend& backend, int64_t bytes, int64_t superblock_bytes);
+  // As many superblocks as `bytes` holds, and behind them `waste_bytes` that are never leased.
+  // ResourceExhausted with both numbers if that is none, if page ids cannot count so far, or if the
+  // backend has not the memory.
+  static absl::StatusOr<Arena> Create(Backend& backend, int64_t bytes, int64_t superblock_bytes,
+                                      int64_t waste_bytes = 0);
 
   std::byte* data() const { return buffer_.data(); }
   int64_t superblock_bytes() const { return superblock_bytes_; }
   int total() const { return total_; }
   int free() const { return static_cast<int>(free_.size()); }
   bool leased(int superblock) const { return leased_[superblock]; }
+  // Where what nobody reads is written.
+  int32_t WastePage() const {
+    return static_cast<int32_t>(total_ * superblock_bytes_ / kPageUnitBytes);
+  }
 
   int Lease();  // -1 when none is free
   void Return(int superblock);

@@ -55,7 +55,8 @@ struct Engine::Impl {
        absl::AnyInvocable<void(const StepReport&)> report, std::unique_ptr<KvCache> kv);
 
   // --- Engine thread: intake ---
-  void Rehearse();  // before Loop
+  int MostDecoding() const;  // sequences of a step
+  void Rehearse();           // before Loop
   void Loop();
   bool TakeInbox();  // false: stop
   void Admit(Incoming incoming);

@@ -6,6 +6,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "engine/decode_buckets.h"
 #include "engine/engine_impl.h"
 
 namespace longspan {
@@ -30,6 +31,25 @@ bool ReadsPrompt(const BatchItem& item, const Sequence& sequence) {
 
 bool DrawsToken(const BatchItem& item, const Sequence& sequence) {
   return item.begin + item.count == static_cast<int64_t>(sequence.tokens().size());
+}
+
+// A row that decodes for no sequence.
+StageItem RowOfNone(bool observe) {
+  static constexpr int32_t kToken = 0;
+  StageItem item;
+  item.tokens = absl::MakeConstSpan(&kToken, 1);
+  item.wants_logits = true;
+  item.observe = observe;
+  return item;
+}
+
+// A step that only decodes, and observes all or none, gets rows of none up to its bucket.
+void FillUp(int most, std::vector<StageItem>* items) {
+  const bool observe = items->front().observe;
+  for (const StageItem& item : *items) {
+    if (item.tokens.size() != 1 || !item.wants_logits || item.observe != observe) return;
+  }
+  items->resize(DecodeBucket(static_cast<int>(items->size()), most), RowOfNone(observe));
 }
 
 // Of one draw: every token seen, every bias and every ban.
@@ -62,27 +82,22 @@ Engine::Impl::Owner Engine::Impl::OwnerOf(Ticket ticket) const {
   return it->second;
 }
 
-// Decoding steps are launched at once from their second time on (Backend::Repeat): here the usual
-// ones come for the first two times, before anyone waits for them.
+int Engine::Impl::MostDecoding() const {
+  return std::min(options.limits.max_running, model.max_rows());
+}
+
+// Decoding steps are launched at once from their second time on (Backend::Repeat): here those of
+// each bucket come for the first two times, before anyone waits for them.
 void Engine::Impl::Rehearse() {
   if (backend.host_memory()) return;
-  constexpr int kMostSequences = 16;
-  constexpr int32_t kToken = 0;
-  std::vector<StageItem> items;
-  for (int n = 1; n <= std::min(kMostSequences, options.limits.max_running); ++n) {
-    StageItem item;
-    item.cache = cache->Open();
-    item.tokens = absl::MakeConstSpan(&kToken, 1);
-    item.wants_logits = true;
-    items.push_back(item);
-    if (!cache->Reserve(item.cache, 1)) break;
+  constexpr int kMostRehearsed = 256;
+  for (const int sequences : DecodeBuckets(std::min(kMostRehearsed, MostDecoding()))) {
     for (const bool observe : {false, true}) {
       if (observe && options.spans == SpanLevel::kOff) continue;
-      for (StageItem& each : items) each.observe = observe;
+      const std::vector<StageItem> items(sequences, RowOfNone(observe));
       for (int time = 0; time < 2; ++time) model.Forward(stager.Stage(items, *cache).step);
     }
   }
-  for (const StageItem& item : items) cache->Close(item.cache);
 }
 
 // --- Intake ---
@@ -223,12 +238,12 @@ bool Engine::Impl::RunStep() {
 void Engine::Impl::Execute(const Batch& batch) {
   const absl::Time begin = absl::Now();
   const bool sample_spans = DueForSpans(batch);
-  const std::vector<StageItem> plan = Plan(batch, sample_spans);
+  std::vector<StageItem> plan = Plan(batch, sample_spans);
+  if (!backend.host_memory()) FillUp(MostDecoding(), &plan);
   const StagedStep staged = stager.Stage(plan, *cache);
   const View logits = model.Forward(staged.step);
   AddSpans();  // of the step before, while the device is at this one
   ++local.steps;
-  local.step_rows += staged.step.batch.rows;
 
   StepReport report;
   bool reads_prompt_rows = false;
@@ -236,6 +251,7 @@ void Engine::Impl::Execute(const Batch& batch) {
     const BatchItem& item = batch.items[i];
     const auto [active, sequence] = OwnerOf(item.ticket);
     cache->Commit(sequence->cache, item.begin + item.count);
+    local.step_rows += item.count;
     (ReadsPrompt(item, *sequence) ? report.prefill_tokens : report.decode_tokens) += item.count;
     reads_prompt_rows |= active->request.output.prompt_logprobs.has_value() && !active->prompt_done;
   }

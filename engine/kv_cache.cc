@@ -48,7 +48,8 @@ absl::StatusOr<std::unique_ptr<KvCache>> KvCache::Create(Backend& backend, const
         "a cache of ", bytes, " bytes does not hold one token: it needs ",
         numbers.SuperblocksFor(least), " superblocks of ", numbers.superblock_bytes, " bytes"));
   }
-  absl::StatusOr<Arena> arena = Arena::Create(backend, bytes, numbers.superblock_bytes);
+  const int64_t page = std::max(numbers.shape.paged_page_bytes, numbers.shape.ring_page_bytes);
+  absl::StatusOr<Arena> arena = Arena::Create(backend, bytes, numbers.superblock_bytes, page);
   if (!arena.ok()) return arena.status();
   return std::unique_ptr<KvCache>(new KvCache(backend, *std::move(arena), numbers, spec,
                                               cache_dtype, max_sequences, max_context));

@@ -105,9 +105,9 @@ class KvCache {
   SequenceId Fork(SequenceId parent);
   void Close(SequenceId sequence);  // frees everything
 
-  // Views for a step whose sequence s is sequences[s]: fills `tables` and returns one view per
-  // layer. Valid until the next call of anything but Usage(). The table arrays are in backend
-  // memory.
+  // Views for a step whose sequence s is sequences[s], or no sequence's (kNoSequence): fills
+  // `tables` and returns one view per layer. Valid until the next call of anything but Usage(). The
+  // table arrays are in backend memory.
   const KvView* Views(const std::vector<SequenceId>& sequences);
 
   CacheUsage Usage() const;  // any thread; as of the last completed call

@@ -15,6 +15,7 @@ PageTable::PageTable(Backend& backend, Arena* arena, int64_t page_bytes, int slo
       pool_(arena, page_bytes),
       slots_(slots),
       tables_(max_sequences),
+      waste_{{arena->WastePage()}, 0},
       device_(backend.Allocate(sizeof(int32_t) * slots * max_sequences)),
       uploaded_(max_sequences) {}
 
@@ -86,7 +87,7 @@ void PageTable::CopyPage(int32_t from, int32_t to) {
 void PageTable::Upload(const std::vector<SequenceId>& sequences) {
   CHECK_LE(sequences.size(), uploaded_.size());
   for (size_t i = 0; i < sequences.size(); ++i) {
-    const Table& table = tables_[sequences[i]];
+    const Table& table = sequences[i] == kNoSequence ? waste_ : tables_[sequences[i]];
     Row& row = uploaded_[i];
     const bool grown = row.sequence == sequences[i] && row.version == table.version;
     const size_t begin = grown ? row.pages : 0;

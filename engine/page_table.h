@@ -13,6 +13,8 @@
 namespace longspan {
 
 using SequenceId = int32_t;
+// A row of a step that is no sequence's: at position 0, in a page that nobody reads.
+inline constexpr SequenceId kNoSequence = -1;
 
 class PageTable {
  public:
@@ -33,7 +35,7 @@ class PageTable {
   // Gives one superblock back to the arena, moving its pages and their contents elsewhere.
   void Compact();
 
-  // Fills row i of the backend's table with the pages of sequences[i].
+  // Fills row i of the backend's table with the pages of sequences[i], which may be kNoSequence.
   void Upload(const std::vector<SequenceId>& sequences);
   const int32_t* rows() const { return reinterpret_cast<const int32_t*>(device_.data()); }
   int slots() const { return slots_; }
@@ -61,7 +63,7 @@ class PageTable {
   };
   // What a row of the backend's table holds, so that only what is new is copied.
   struct Row {
-    SequenceId sequence = -1;
+    SequenceId sequence = kNoSequence;
     uint64_t version = 0;
     size_t pages = 0;
   };
@@ -74,6 +76,7 @@ class PageTable {
   PagePool pool_;
   int slots_;
   std::vector<Table> tables_;  // by SequenceId
+  const Table waste_;          // of kNoSequence
   uint64_t versions_ = 0;
   Buffer device_;  // [max_sequences, slots] I32
   std::vector<Row> uploaded_;

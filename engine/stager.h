@@ -13,7 +13,7 @@ namespace longspan {
 
 // One sequence's share of a step.
 struct StageItem {
-  SequenceId cache = -1;
+  SequenceId cache = kNoSequence;
   absl::Span<const int32_t> tokens;  // the new tokens, positions begin, begin + 1, …
   int64_t begin = 0;
   bool wants_logits = false;  // of the last row
