@@ -36,7 +36,10 @@ absl::StatusOr<Arena> Arena::Create(Backend& backend, int64_t bytes, int64_t sup
     return absl::ResourceExhaustedError(
         absl::StrCat("a cache of ", bytes, " bytes is beyond the limit of ", most, " bytes"));
   }
-  Buffer buffer = backend.Allocate(total * superblock_bytes + waste_bytes);
+  // In whole 2 MiB: only such does Linux map to huge pages from the first byte on.
+  const int64_t needed = total * superblock_bytes + waste_bytes;
+  Buffer buffer =
+      backend.Allocate((needed + kSuperblockFloor - 1) / kSuperblockFloor * kSuperblockFloor);
   if (buffer.data() == nullptr) {
     return absl::ResourceExhaustedError(
         absl::StrCat("no memory for a cache of ", total * superblock_bytes, " bytes"));
