@@ -235,9 +235,7 @@ void Launch(BackendContext& context, const Piece& p, int rows) {
 
 }  // namespace
 
-bool SplitsInVectors(const Problem& p) {
-  return p.cache.dtype == DType::kBF16 && p.whole_vectors && p.dim <= 256;
-}
+bool SplitsInVectors(const Problem& p) { return p.cache.dtype == DType::kBF16 && p.whole_vectors; }
 
 void AttendSplits(BackendContext& context, const Piece& p, int rows) {
   CHECK(reinterpret_cast<uintptr_t>(p.query) % 8 == 0 && p.query_row % 2 == 0 &&

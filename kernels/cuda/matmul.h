@@ -26,12 +26,13 @@ struct QuantisedRows {
   float2* groups;  // [in / 32, stride]: of each row's group its scale, and the sum of its int8
   int64_t stride;  // rows in whole eights; what lies beyond `rows` is undefined
 
+  static int64_t Stride(int64_t rows) { return (rows + 7) / 8 * 8; }
   static QuantisedRows At(void* memory, int64_t rows, int64_t in) {
     auto* q = static_cast<int8_t*>(memory);
-    return {q, reinterpret_cast<float2*>(q + rows * in), (rows + 7) / 8 * 8};
+    return {q, reinterpret_cast<float2*>(q + rows * in), Stride(rows)};
   }
   static size_t Bytes(int64_t rows, int64_t in) {
-    return rows * in + in / kQuantisedGroup * ((rows + 7) / 8 * 8) * sizeof(float2);
+    return rows * in + in / kQuantisedGroup * Stride(rows) * sizeof(float2);
   }
   static int64_t MostRows(size_t bytes, int64_t in) {
     return static_cast<int64_t>(bytes) / (in + in / kQuantisedGroup * int64_t{sizeof(float2)}) / 8 *

@@ -63,7 +63,7 @@ __global__ void Unpack(const uint8_t* strips, int64_t rows, int64_t in, int64_t 
 }  // namespace
 
 int64_t StripBytes(DType type, int64_t rows, int64_t in) {
-  return BytesOf(type, (rows + kStripRows - 1) / kStripRows * kStripRows * in);
+  return BytesOf(type, int64_t{Blocks(rows, kStripRows)} * kStripRows * in);
 }
 
 void PackStrips(BackendContext& context, const View& rows, void* strips) {
@@ -79,7 +79,7 @@ void PackStrips(BackendContext& context, const View& rows, void* strips) {
 
 void UnpackStrips(BackendContext& context, const View& weight, void* out) {
   const int64_t rows = weight.shape[0], in = weight.shape[1];
-  const int64_t strips = (rows + kStripRows - 1) / kStripRows;
+  const int64_t strips = Blocks(rows, kStripRows);
   VisitBlocks(weight.dtype, [&](auto format) {
     using B = decltype(format);
     const int64_t units = strips * (in / B::kElements) * B::kUnits;
