@@ -43,6 +43,10 @@ static_assert(kSums <= kTeamWarps * kWarp, "a thread adds one");
 // x stands in shared memory, a chunk of its elements at a time, as rows of high halves, then rows
 // of low ones, apart so that a warp reads without bank conflicts.
 constexpr int kMostXBytes = 82 << 10;
+constexpr int kStaticBytes = 1 << 10;  // barriers, and what the device takes of a block
+constexpr int kLeastStages = 3;
+constexpr int kLeastSharedBytes = kLeastStages * kStageBytes + int{sizeof(float)} * 2 * kAllSums +
+                                  kMostXBytes + kStaticBytes;  // Blackwell's for desktops have less
 __host__ __device__ constexpr int PitchOf(int chunk) { return chunk * int{sizeof(Bf16)} + 64; }
 
 struct StreamArgs {
@@ -231,8 +235,8 @@ __global__ void __launch_bounds__(kThreads + kWarp, 1)
 }  // namespace
 
 bool Streams(const BackendContext& context, const Product& p) {
-  return context.compute_capability >= 90 && Bf16InVectors(p) && p.in() % kSlice == 0 &&
-         p.rows() <= kStreamRows;
+  return context.compute_capability >= 90 && context.max_shared_bytes >= kLeastSharedBytes &&
+         Bf16InVectors(p) && p.in() % kSlice == 0 && p.rows() <= kStreamRows;
 }
 
 void MultiplyStream(BackendContext& context, const Product& p) {
@@ -255,10 +259,9 @@ void MultiplyStream(BackendContext& context, const Product& p) {
     ++chunks;
   } while (2 * a.rows * PitchOf(a.chunk) > kMostXBytes);
   const int others = int{sizeof(float)} * 2 * kAllSums + 2 * a.rows * PitchOf(a.chunk);
-  constexpr int kStaticBytes = 1 << 10;
   const int stages =
       std::min(kMostStages, (context.max_shared_bytes - kStaticBytes - others) / kStageBytes);
-  CHECK_GT(stages, 1) << others << " bytes besides weights";
+  CHECK_GE(stages, kLeastStages) << others << " bytes besides weights";
   const int bytes = stages * kStageBytes + others;
   const bool gated = a.up != nullptr;
   const auto kernel = gated ? Stream<true> : Stream<false>;
