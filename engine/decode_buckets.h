@@ -1,6 +1,7 @@
 #pragma once
 // The sizes that steps which decode come in on a device that launches a repeated step at once
-// (Backend::Repeat): few enough to have all of them ready before the first client comes.
+// (Backend::Repeat): few enough to have those of hundreds of sequences ready before the first
+// client comes.
 #include <vector>
 
 namespace longspan {
