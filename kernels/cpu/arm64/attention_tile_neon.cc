@@ -8,10 +8,12 @@
 #include "kernels/cpu/attention_tile.h"
 #include "kernels/cpu/target.h"
 
+#define LONGSPAN_TARGET
+
 namespace longspan::cpu {
 namespace {
 
-constexpr int kFour = 4;
+constexpr int kWide = 4;
 
 void Load(DType dtype, const std::byte* from, int64_t stride, int rows, int dim, int padded,
           float* to) {
@@ -21,7 +23,7 @@ void Load(DType dtype, const std::byte* from, int64_t stride, int rows, int dim,
     } else {
       const auto* bytes = reinterpret_cast<const uint8_t*>(from);
       int d = 0;
-      for (; d + kFour <= dim; d += kFour) {
+      for (; d + kWide <= dim; d += kWide) {
         const uint16x4_t halves = vreinterpret_u16_u8(vld1_u8(bytes + 2 * d));
         vst1q_f32(to + d, vreinterpretq_f32_u32(vshll_n_u16(halves, 16)));
       }
@@ -41,7 +43,7 @@ LONGSPAN_INLINE void ScoreTile(const float* queries, const float* keys, int padd
   float32x4_t sums[16];
   LONGSPAN_UNROLL
   for (int i = 0; i < 16; ++i) sums[i] = vdupq_n_f32(0);
-  for (int d = 0; d < padded; d += kFour) {
+  for (int d = 0; d < padded; d += kWide) {
     float32x4_t query[kQ];
     LONGSPAN_UNROLL
     for (int q = 0; q < kQ; ++q) query[q] = vld1q_f32(queries + q * padded + d);
@@ -58,24 +60,6 @@ LONGSPAN_INLINE void ScoreTile(const float* queries, const float* keys, int padd
     vst1q_f32(scores + i / kK * kBlockKeys + i % kK,
               vpaddq_f32(vpaddq_f32(sums[i], sums[i + 1]), vpaddq_f32(sums[i + 2], sums[i + 3])));
   }
-}
-
-template <int kQ>
-void ScoreRows(const float* queries, const float* keys, int padded, float* scores) {
-  for (int k = 0; k < kBlockKeys; k += 16 / kQ) {
-    ScoreTile<kQ>(queries, keys + k * padded, padded, scores + k);
-  }
-}
-
-void Scores(const float* queries, int count, const float* keys, int padded, float* scores) {
-  int q = 0;
-  for (; q + 4 <= count; q += 4) {
-    ScoreRows<4>(queries + q * padded, keys, padded, scores + q * kBlockKeys);
-  }
-  for (; q + 2 <= count; q += 2) {
-    ScoreRows<2>(queries + q * padded, keys, padded, scores + q * kBlockKeys);
-  }
-  for (; q < count; ++q) ScoreRows<1>(queries + q * padded, keys, padded, scores + q * kBlockKeys);
 }
 
 // e^x for x <= 0 with a relative error below 2e-7, as Exp() in lanes.h; 0 below -87.
@@ -98,11 +82,11 @@ LONGSPAN_INLINE float32x4_t ExpOf(float32x4_t x) {
 
 void Softmax(float* scores, float previous_max, float* max, float* sum) {
   float32x4_t tops = vdupq_n_f32(previous_max);
-  for (int k = 0; k < kBlockKeys; k += kFour) tops = vmaxq_f32(tops, vld1q_f32(scores + k));
+  for (int k = 0; k < kBlockKeys; k += kWide) tops = vmaxq_f32(tops, vld1q_f32(scores + k));
   *max = vmaxvq_f32(tops);
   const float32x4_t highest = vdupq_n_f32(*max);
   float32x4_t total = vdupq_n_f32(0);
-  for (int k = 0; k < kBlockKeys; k += kFour) {
+  for (int k = 0; k < kBlockKeys; k += kWide) {
     const float32x4_t p = ExpOf(vsubq_f32(vld1q_f32(scores + k), highest));
     vst1q_f32(scores + k, p);
     total = vaddq_f32(total, p);
@@ -119,13 +103,13 @@ LONGSPAN_INLINE void AccumulateTile(const float* p, const float* values, int beg
   for (int q = 0; q < kQ; ++q) {
     LONGSPAN_UNROLL
     for (int c = 0; c < kC; ++c) {
-      sums[q][c] = vmulq_n_f32(vld1q_f32(out + q * padded + c * kFour), rescale[q]);
+      sums[q][c] = vmulq_n_f32(vld1q_f32(out + q * padded + c * kWide), rescale[q]);
     }
   }
   for (int k = begin; k < end; ++k) {
     float32x4_t value[kC];
     LONGSPAN_UNROLL
-    for (int c = 0; c < kC; ++c) value[c] = vld1q_f32(values + k * padded + c * kFour);
+    for (int c = 0; c < kC; ++c) value[c] = vld1q_f32(values + k * padded + c * kWide);
     LONGSPAN_UNROLL
     for (int q = 0; q < kQ; ++q) {
       const float weight = p[q * kBlockKeys + k];
@@ -136,37 +120,17 @@ LONGSPAN_INLINE void AccumulateTile(const float* p, const float* values, int beg
   LONGSPAN_UNROLL
   for (int q = 0; q < kQ; ++q) {
     LONGSPAN_UNROLL
-    for (int c = 0; c < kC; ++c) vst1q_f32(out + q * padded + c * kFour, sums[q][c]);
-  }
-}
-
-template <int kQ>
-void AccumulateRows(const float* p, const float* values, int begin, int end, int padded,
-                    const float* rescale, float* out) {
-  int d = 0;
-  for (; d + 4 * kFour <= padded; d += 4 * kFour) {
-    AccumulateTile<kQ, 4>(p, values + d, begin, end, padded, rescale, out + d);
-  }
-  for (; d < padded; d += kFour) {
-    AccumulateTile<kQ, 1>(p, values + d, begin, end, padded, rescale, out + d);
-  }
-}
-
-void Accumulate(const float* p, int count, const float* values, int begin, int end, int padded,
-                const float* rescale, float* out) {
-  int q = 0;
-  for (; q + 4 <= count; q += 4) {
-    AccumulateRows<4>(p + q * kBlockKeys, values, begin, end, padded, rescale + q,
-                      out + q * padded);
-  }
-  for (; q < count; ++q) {
-    AccumulateRows<1>(p + q * kBlockKeys, values, begin, end, padded, rescale + q,
-                      out + q * padded);
+    for (int c = 0; c < kC; ++c) vst1q_f32(out + q * padded + c * kWide, sums[q][c]);
   }
 }
 
 }  // namespace
+}  // namespace longspan::cpu
 
-const AttentionTile kNeonAttentionTile = {kFour, Load, Scores, Softmax, Accumulate};
+#include "kernels/cpu/attention_rows.inl"
+
+namespace longspan::cpu {
+
+const AttentionTile kNeonAttentionTile = {kWide, Load, Scores, Softmax, Accumulate};
 
 }  // namespace longspan::cpu

@@ -16,6 +16,8 @@
 #include "kernels/cpu/x86/sets.h"
 #include "kernels/cpu/x86/sum_lanes_avx512.h"
 
+#define LONGSPAN_TARGET LONGSPAN_AVX512
+
 namespace longspan::cpu {
 namespace {
 
@@ -63,26 +65,6 @@ LONGSPAN_AVX512 inline void ScoreTile(const float* queries, const float* keys, i
   for (int q = 0; q < kQ; ++q) {
     std::memcpy(scores + q * kBlockKeys, out + q * kK, sizeof(float) * kK);
   }
-}
-
-template <int kQ>
-LONGSPAN_AVX512 inline void ScoreRows(const float* queries, const float* keys, int padded,
-                                      float* scores) {
-  for (int k = 0; k < kBlockKeys; k += 16 / kQ) {
-    ScoreTile<kQ>(queries, keys + k * padded, padded, scores + k);
-  }
-}
-
-LONGSPAN_AVX512 void Scores(const float* queries, int count, const float* keys, int padded,
-                            float* scores) {
-  int q = 0;
-  for (; q + 4 <= count; q += 4) {
-    ScoreRows<4>(queries + q * padded, keys, padded, scores + q * kBlockKeys);
-  }
-  for (; q + 2 <= count; q += 2) {
-    ScoreRows<2>(queries + q * padded, keys, padded, scores + q * kBlockKeys);
-  }
-  for (; q < count; ++q) ScoreRows<1>(queries + q * padded, keys, padded, scores + q * kBlockKeys);
 }
 
 // e^x for x <= 0 with a relative error below 2e-7, as Exp() in lanes.h; 0 below -87.
@@ -148,32 +130,12 @@ LONGSPAN_AVX512 inline void AccumulateTile(const float* p, const float* values, 
   }
 }
 
-template <int kQ>
-LONGSPAN_AVX512 inline void AccumulateRows(const float* p, const float* values, int begin, int end,
-                                           int padded, const float* rescale, float* out) {
-  int d = 0;
-  for (; d + 4 * kWide <= padded; d += 4 * kWide) {
-    AccumulateTile<kQ, 4>(p, values + d, begin, end, padded, rescale, out + d);
-  }
-  for (; d < padded; d += kWide) {
-    AccumulateTile<kQ, 1>(p, values + d, begin, end, padded, rescale, out + d);
-  }
-}
-
-LONGSPAN_AVX512 void Accumulate(const float* p, int count, const float* values, int begin, int end,
-                                int padded, const float* rescale, float* out) {
-  int q = 0;
-  for (; q + 4 <= count; q += 4) {
-    AccumulateRows<4>(p + q * kBlockKeys, values, begin, end, padded, rescale + q,
-                      out + q * padded);
-  }
-  for (; q < count; ++q) {
-    AccumulateRows<1>(p + q * kBlockKeys, values, begin, end, padded, rescale + q,
-                      out + q * padded);
-  }
-}
-
 }  // namespace
+}  // namespace longspan::cpu
+
+#include "kernels/cpu/attention_rows.inl"
+
+namespace longspan::cpu {
 
 const AttentionTile kAvx512AttentionTile = {kWide, Load, Scores, Softmax, Accumulate};
 
