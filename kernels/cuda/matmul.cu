@@ -56,6 +56,17 @@ int Products(const MatMulArgs& a, Product (&products)[3]) {
   return count;
 }
 
+// Float weights; the fastest form that takes the product.
+void MultiplyFewRows(BackendContext& context, const Product& p) {
+  if (Streams(context, p)) {
+    MultiplyStream(context, p);
+  } else if (IsSkinny(p)) {
+    MultiplySkinny(context, p);
+  } else {
+    MultiplyFloats(context, p);
+  }
+}
+
 MatMulArgs RowsOf(MatMulArgs a, int64_t begin, int64_t count) {
   for (View* view : {&a.x, &a.out}) {
     view->data = view->row(begin);
@@ -88,15 +99,8 @@ bool MultiplyGated(BackendContext& context, const GatedMatMulArgs& a) {
   CHECK_EQ(x.shape[1], gate.shape[1]);
   CHECK_EQ(x.shape[1], up.shape[1]);
   const Product p = {x, gate, a.out, up, a.activation};
-  if (Streams(context, p)) {
-    MultiplyStream(context, p);
-  } else if (IsSkinny(p)) {
-    MultiplySkinny(context, p);
-  } else if (p.rows() == 1 && InVectors(p)) {
-    MultiplyFloats(context, p);
-  } else {
-    return false;
-  }
+  if (!Streams(context, p) && !IsSkinny(p) && !(p.rows() == 1 && InVectors(p))) return false;
+  MultiplyFewRows(context, p);
   return true;
 }
 
@@ -128,12 +132,8 @@ void MatMul(BackendContext& context, const MatMulArgs& a) {
         QuantiseRows(context, a.x, quantised);
       }
       MultiplyBlocks(context, p, quantised);
-    } else if (Streams(context, p)) {
-      MultiplyStream(context, p);
-    } else if (IsSkinny(p)) {
-      MultiplySkinny(context, p);
     } else {
-      MultiplyFloats(context, p);
+      MultiplyFewRows(context, p);
     }
   }
   CheckLaunch(context, "MatMul");
