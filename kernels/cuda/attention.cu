@@ -344,13 +344,7 @@ void Run(BackendContext& context, const AttentionArgs& a, const Problem& p) {
 
 template <class T>
 void RunFor(BackendContext& context, const AttentionArgs& a, const Problem& p) {
-  if (p.dim <= 64) {
-    Run<T, 2>(context, a, p);
-  } else if (p.dim <= 128) {
-    Run<T, 4>(context, a, p);
-  } else {
-    Run<T, 8>(context, a, p);
-  }
+  VisitHeadSize(p, [&](auto size) { Run<T, size / kWarp>(context, a, p); });
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "kernels/cuda/context.h"
 #include "kernels/cuda/kv_page.cuh"
@@ -137,6 +138,18 @@ bool AttendsInClusters(const BackendContext& context, const Problem& problem);
 void AttendClusters(BackendContext& context, const Piece& piece, int rows);
 // The records of `observed` rows. Launched after Merge, it may run beside it.
 void ObserveSpans(BackendContext& context, const Piece& piece, int observed);
+
+// Calls visitor(size) with the least of 64, 128 and 256 that holds a head, as a constant.
+template <class Visitor>
+void VisitHeadSize(const Problem& p, const Visitor& visitor) {
+  if (p.dim <= 64) {
+    visitor(std::integral_constant<int, 64>{});
+  } else if (p.dim <= 128) {
+    visitor(std::integral_constant<int, 128>{});
+  } else {
+    visitor(std::integral_constant<int, 256>{});
+  }
+}
 
 constexpr float kLog2E = 1.4426950408889634f;
 

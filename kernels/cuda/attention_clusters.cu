@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) AttendCluster(const __grid_cons
   auto& shared = *reinterpret_cast<Memory<kDim>*>(memory);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   if (!kObserve) LetNextBegin();
-  const int groups = (p.group + kHeads - 1) / kHeads;
+  const int groups = HeadGroups(p);
   const int kv_head = blockIdx.y / groups, split = RankInCluster();
   const int first_head = kv_head * p.group + blockIdx.y % groups * kHeads;
   const Row row(p, p.first_row + blockIdx.z);
@@ -197,9 +197,8 @@ void Launch(BackendContext& context, const Piece& p, int rows) {
      "Attention");
   int blocks = 1;
   while (blocks < MostSplits(p)) blocks *= 2;
-  const int groups = (p.group + kHeads - 1) / kHeads;
   LaunchEarlyWith(context, {.shared_bytes = kBytes, .cluster = blocks}, kernel,
-                  dim3(blocks, p.cache.kv_heads * groups, rows), kWarps * kWarp, p);
+                  dim3(blocks, p.cache.kv_heads * HeadGroups(p), rows), kWarps * kWarp, p);
 }
 
 }  // namespace
@@ -209,16 +208,8 @@ bool AttendsInClusters(const BackendContext& context, const Problem& p) {
 }
 
 void AttendClusters(BackendContext& context, const Piece& p, int rows) {
-  CHECK(reinterpret_cast<uintptr_t>(p.query) % 8 == 0 && p.query_row % 2 == 0 &&
-        p.query_head % 2 == 0)
-      << "queries are read in pairs";
-  if (p.dim <= 64) {
-    Launch<64>(context, p, rows);
-  } else if (p.dim <= 128) {
-    Launch<128>(context, p, rows);
-  } else {
-    Launch<256>(context, p, rows);
-  }
+  CheckQueries(p);
+  VisitHeadSize(p, [&](auto size) { Launch<size>(context, p, rows); });
 }
 
 }  // namespace longspan::cuda

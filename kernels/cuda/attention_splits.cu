@@ -78,7 +78,7 @@ class Reader {
     const int lane = threadIdx.x % kWarp;
     int item = lane == 0 ? atomicAdd(&next_, 1) : 0;
     item = __shfl_sync(~0u, item, 0) * gridDim.x + blockIdx.x;
-    const int groups = (p_.group + kHeads - 1) / kHeads, parts = p_.cache.kv_heads * groups;
+    const int groups = HeadGroups(p_), parts = p_.cache.kv_heads * groups;
     const int part = item % parts, wanted = item / parts;
     Item& opened = ring_.items[opened_];
     if (++opened_ == Ring<kDim>::kStages) opened_ = 0;
@@ -226,8 +226,7 @@ void Launch(BackendContext& context, const Piece& p, int rows) {
   Ok(context,
      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, warps * kBytes),
      "Attention");
-  const int groups = (p.group + kHeads - 1) / kHeads;
-  const int64_t items = int64_t{rows} * p.cache.kv_heads * groups * MostSplits(p);
+  const int64_t items = int64_t{rows} * p.cache.kv_heads * HeadGroups(p) * MostSplits(p);
   const int blocks = static_cast<int>(std::min<int64_t>(context.sm_count, items));
   LaunchEarlyWith(context, {.shared_bytes = warps * kBytes}, kernel, dim3(blocks), warps * kWarp, p,
                   rows);
@@ -238,16 +237,8 @@ void Launch(BackendContext& context, const Piece& p, int rows) {
 bool SplitsInVectors(const Problem& p) { return p.cache.dtype == DType::kBF16 && p.whole_vectors; }
 
 void AttendSplits(BackendContext& context, const Piece& p, int rows) {
-  CHECK(reinterpret_cast<uintptr_t>(p.query) % 8 == 0 && p.query_row % 2 == 0 &&
-        p.query_head % 2 == 0)
-      << "queries are read in pairs";
-  if (p.dim <= 64) {
-    Launch<64>(context, p, rows);
-  } else if (p.dim <= 128) {
-    Launch<128>(context, p, rows);
-  } else {
-    Launch<256>(context, p, rows);
-  }
+  CheckQueries(p);
+  VisitHeadSize(p, [&](auto size) { Launch<size>(context, p, rows); });
 }
 
 }  // namespace longspan::cuda

@@ -15,6 +15,16 @@ constexpr int kHeads = 8;
 constexpr int kStep = 16;   // keys, or values, of a stage: [kStep, kDim]
 constexpr int kVector = 8;  // elements of 16 bytes
 
+// Of kHeads query heads of a KV head.
+__host__ __device__ inline int HeadGroups(const Problem& p) {
+  return (p.group + kHeads - 1) / kHeads;
+}
+inline void CheckQueries(const Problem& p) {
+  CHECK(reinterpret_cast<uintptr_t>(p.query) % 8 == 0 && p.query_row % 2 == 0 &&
+        p.query_head % 2 == 0)
+      << "queries are read in pairs";
+}
+
 // A split of a row, for some query heads of a KV head.
 struct Item {
   int row;    // of the launch

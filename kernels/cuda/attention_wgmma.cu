@@ -399,13 +399,7 @@ void AttendWgmma(BackendContext& context, const Problem& p) {
   CHECK(reinterpret_cast<uintptr_t>(p.out) % 4 == 0 && p.out_row % 2 == 0 && p.out_head % 2 == 0)
       << "out is written in pairs";
   const int tiles = CountTiles<kRows>(p);
-  if (p.dim <= 64) {
-    Launch<64>(context, p, tiles);
-  } else if (p.dim <= 128) {
-    Launch<128>(context, p, tiles);
-  } else {
-    Launch<256>(context, p, tiles);
-  }
+  VisitHeadSize(p, [&](auto size) { Launch<size>(context, p, tiles); });
 }
 
 }  // namespace longspan::cuda
