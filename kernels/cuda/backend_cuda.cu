@@ -87,15 +87,15 @@ class CudaBackend : public Backend {
     Graph& graph = graphs_[key];
     if (!std::exchange(graph.seen, true) || !context_->fault.empty()) return issue();
     Bind();
-    if (graph.executable == nullptr) {
-      Capture(issue, &graph.executable);
-    } else {
+    const bool captured = graph.executable != nullptr;
+    if (!captured) Capture(issue, &graph.executable);
+    if (context_->fault.empty()) {
+      Check(cudaGraphLaunch(graph.executable, context_->stream), "launching a graph");
+    }
+    if (captured) {  // the device works meanwhile
       context_->replaying = true;
       issue();
       context_->replaying = false;
-    }
-    if (context_->fault.empty()) {
-      Check(cudaGraphLaunch(graph.executable, context_->stream), "launching a graph");
     }
   }
 
