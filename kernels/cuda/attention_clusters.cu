@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) AttendCluster(const __grid_cons
   extern __shared__ __align__(128) unsigned char memory[];
   auto& shared = *reinterpret_cast<Memory<kDim>*>(memory);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  if (!kObserve) LetNextBegin();
+  LetNextBegin();
   const int groups = HeadGroups(p);
   const int kv_head = blockIdx.y / groups, split = RankInCluster();
   const int first_head = kv_head * p.group + blockIdx.y % groups * kHeads;

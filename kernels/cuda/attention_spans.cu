@@ -75,6 +75,7 @@ __device__ float LogTotal(const Piece& p, int local, int head, int splits) {
 // when all is. Warps take kWarpKeys distances at a time, in turn: beyond the first kWarp each kWarp
 // of these lie in one bucket, and a warp's come in ascending order.
 __global__ void __launch_bounds__(kMostWarps* kWarp) Observe(const Piece p) {
+  LetNextBegin();
   if (p.observes_late) AwaitEarlier();
   const SpanRequest& request = p.spans;
   const int observed = p.first_observed + blockIdx.x, head = blockIdx.y;
