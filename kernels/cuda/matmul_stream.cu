@@ -1,9 +1,7 @@
 // Few rows times bf16 weights at the speed at which memory gives the weights, also while what comes
-// before is not done. One block a multiprocessor, all with as many columns; one of its warps copies
-// their weights through a ring in shared memory, and begins so while x is still being made: a ring
-// of all blocks holds up to 26 MB, what an H100's memory gives in 9 us.
-//
-// Gated, half of a tile's columns are gate's and half up's, which give as many of out.
+// before is not done. One block a multiprocessor; the weights of its columns come through a ring in
+// shared memory, which begins to fill while x is still being made: a ring of all blocks holds up to
+// 25 MB, what an H100's memory gives in 9 us.
 //
 // Weights are the products' rows and x's rows their columns, of which a product has 8. x goes in as
 // two bf16 (its rounding and what that lost), which keeps 16 bits of it.
@@ -17,99 +15,47 @@
 #include "kernels/cuda/numbers.cuh"
 #include "kernels/cuda/phases.cuh"
 #include "kernels/cuda/tensor_cores.cuh"
+#include "kernels/cuda/weight_ring.cuh"
 
 namespace longspan::cuda {
 namespace {
 
-using Bf16 = __nv_bfloat16;
-
-constexpr int kTeams = 2;      // of a block, each at columns of its own
-constexpr int kTeamWarps = 8;  // they take their slices in turn
-constexpr int kWarps = kTeams * kTeamWarps;
-constexpr int kThreads = kWarps * kWarp;  // besides those of the warp that copies
+// Two teams take stages in turn: a warp has much to do between two that it waits for.
+constexpr int kTeams = 2;
+constexpr int kWarps = kTeams * kSlices;
+constexpr int kThreads = kWarps * kWarp;  // besides those of the warps that copy
 constexpr int kTile = 16;                 // columns of a product
-constexpr int kItemColumns = kTeams * kTile;
-constexpr int kLeastColumns = 8;            // of a block
-constexpr int kSlice = 64;                  // elements of a column that a warp takes of a stage
-constexpr int kStep = kTeamWarps * kSlice;  // of a column in a stage
-constexpr int kStageRow = kStep * int{sizeof(Bf16)};
-constexpr int kStageBytes = kItemColumns * kStageRow;
-constexpr int kMostStages = 6;
-constexpr int kSums = int{kStreamRows} * kTile;  // of a warp
-constexpr int kAllSums = kWarps * kSums;
-static_assert(kItemColumns == kWarp, "a lane copies a column");
-static_assert(kSums <= kTeamWarps * kWarp, "a thread adds one");
 
 // x stands in shared memory, a chunk of its elements at a time, as rows of high halves, then rows
 // of low ones, apart so that a warp reads without bank conflicts.
 constexpr int kMostXBytes = 82 << 10;
 constexpr int kStaticBytes = 1 << 10;  // barriers, and what the device takes of a block
-constexpr int kLeastStages = 3;
-constexpr int kLeastSharedBytes = kLeastStages * kStageBytes + int{sizeof(float)} * 2 * kAllSums +
-                                  kMostXBytes + kStaticBytes;  // Blackwell's for desktops have less
 __host__ __device__ constexpr int PitchOf(int chunk) { return chunk * int{sizeof(Bf16)} + 64; }
+// The warps' sums of an item, in pairs of rows; and of the item before it.
+__host__ __device__ constexpr int SumsOf(int rows) { return (rows + 1) / 2 * 2 * kItemColumns; }
+constexpr int SumBytes(int rows) { return 2 * kWarps * SumsOf(rows) * int{sizeof(float)}; }
+constexpr int kLeastSharedBytes = kLeastRingBytes + SumBytes(kStreamRows) + kMostXBytes +
+                                  kStaticBytes;  // Blackwell's for desktops have less
 
 struct StreamArgs {
   const float* x;
   int64_t x_stride;
-  const Bf16 *weights, *up;  // up: where gated
-  int64_t weight_stride;
+  Columns columns;
   float* out;
   int64_t out_stride;
-  int rows, in, columns;
-  int each;   // columns of out that an item makes
+  int rows;
   int chunk;  // elements of x in shared memory
+  int ring_bytes;
   bool gelu;
 };
 
-// Whose turn it is with a ring of stages: `filled` passes when a stage's bytes are there, `used`
-// when all warps are done with them.
-struct Ring {
-  uint32_t stages, filled, used;
-  int count;
-  int stage = 0, parity = 0;
-
-  __device__ __forceinline__ void Next() {
-    if (++stage == count) stage = 0, parity ^= 1;
-  }
-  __device__ __forceinline__ uint32_t Filled() const { return filled + stage * 8; }
-  __device__ __forceinline__ uint32_t Used() const { return used + stage * 8; }
-  __device__ __forceinline__ uint32_t Bytes() const { return stages + stage * kStageBytes; }
-};
-
-template <bool kGated>
-__device__ __forceinline__ void CopyWeights(const StreamArgs& a, Ring ring) {
-  const int lane = threadIdx.x % kWarp;
-  const Bf16* matrix = kGated && lane % kTile >= kTile / 2 ? a.up : a.weights;
-  const int in_item = kGated ? lane / kTile * (kTile / 2) + lane % (kTile / 2) : lane;
-  bool used = false;  // the stages, for a first time
-  for (int first = blockIdx.x * a.each; first < a.columns; first += gridDim.x * a.each) {
-    const int columns = min(a.each, a.columns - first);
-    const Bf16* from = matrix + (first + in_item) * a.weight_stride;
-    for (int k = 0; k < a.in; k += kStep) {
-      const int bytes = min(kStep, a.in - k) * int{sizeof(Bf16)};
-      if (used) AwaitPhase(ring.Used(), ring.parity ^ 1);
-      if (lane == 0) ArriveExpecting(ring.Filled(), (kGated ? 2 : 1) * columns * bytes);
-      __syncwarp();
-      if (in_item < columns) {
-        CopyBulk(ring.Bytes() + lane * kStageRow, from + k, bytes, ring.Filled());
-      }
-      ring.Next();
-      used = used || ring.stage == 0;
-    }
-  }
-}
-
-// Those that multiply wait for each other, all or a team.
+// Those that multiply wait for each other.
 __device__ __forceinline__ void Sync() {
   asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
 }
-__device__ __forceinline__ void SyncTeam(int team) {
-  asm volatile("bar.sync %0, %1;" ::"r"(2 + team), "n"(kTeamWarps * kWarp) : "memory");
-}
 
 __device__ __forceinline__ void LoadX(const StreamArgs& a, int first, unsigned char* to) {
-  const int octets = min(a.chunk, a.in - first) / 8, pitch = PitchOf(a.chunk);
+  const int octets = min(a.chunk, a.columns.in - first) / 8, pitch = PitchOf(a.chunk);
 #pragma unroll 5
   for (int i = threadIdx.x; i < a.rows * octets; i += kThreads) {
     const int row = i / octets, octet = i - row * octets;
@@ -126,110 +72,111 @@ __device__ __forceinline__ void LoadX(const StreamArgs& a, int first, unsigned c
   }
 }
 
-__device__ __forceinline__ uint4 Select(bool second, const uint4& a, const uint4& b) {
-  return {second ? b.x : a.x, second ? b.y : a.y, second ? b.z : a.z, second ? b.w : a.w};
-}
-
-// Where in a warp's sums a row and column of its tile are: a warp writes without bank conflicts.
+// Where in a warp's sums a row and column are: a warp writes without bank conflicts.
 __device__ __forceinline__ int PlaceOfSum(int row, int column) {
-  return row / 2 * 32 + (row % 2 * kTile + column + row / 2 * 8) % 32;
+  return row * kItemColumns + (column + row / 2 * 8) % kItemColumns;
 }
 
 template <bool kGated>
-__device__ __forceinline__ void MultiplyItems(const StreamArgs& a, Ring ring, float* all_sums,
-                                              unsigned char* x_memory) {
+__device__ __forceinline__ void MultiplyItems(const StreamArgs& a, const Ring& ring,
+                                              float* all_sums, unsigned char* x_memory) {
+  const int in = a.columns.in;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, group = lane / 4;
-  const int team = warp / kTeamWarps, member = threadIdx.x % (kTeamWarps * kWarp);
-  const int first_slice = warp % kTeamWarps * kSlice;
-  const int pitch = PitchOf(a.chunk), low_x = a.rows * pitch;
+  const int team = warp / kSlices, slice = warp % kSlices * kSlice;
+  const int rows = a.rows, pitch = PitchOf(a.chunk), low_x = rows * pitch;
   // Columns of a product beyond x's rows repeat the last one.
-  const unsigned char* x = x_memory + min(group, a.rows - 1) * pitch + lane % 4 * 16;
-  // Of its two columns, group and group + 8, a lane reads 16 bytes of either half of the slice; odd
-  // ones the second half first, so that no two lanes read from one bank. Beyond the item's columns
-  // it reads what lies there.
-  const bool odd = group % 2 == 1;
-  const uint32_t weights =
-      (team * kTile + group) * kStageRow + first_slice * int{sizeof(Bf16)} + lane % 4 * 16;
-  int loaded = -1, parity = 0;
-  for (int first = blockIdx.x * a.each; first < a.columns; first += gridDim.x * a.each) {
-    float high[4] = {}, low[4] = {};
-    for (int k0 = 0; k0 < a.in; k0 += kStep) {
-      const int chunk = k0 / a.chunk;
+  const unsigned char* x =
+      x_memory + min(group, rows - 1) * pitch + slice * int{sizeof(Bf16)} + lane % 4 * 16;
+  Stage stage;
+  int loaded = -1;  // the chunk of x in shared memory
+  int parity = 0;   // of all_sums
+  for (Item<kGated> item; item.Next(a.columns);) {
+    const int stage_columns = item.StageColumns();
+    const int first_team = static_cast<int>(stage.number % kTeams);
+    float high[2][4] = {}, low[2][4] = {};
+    int chunk = 0;
+    for (int k0 = 0; k0 < in; k0 += kStep) {
+      if (k0 == (chunk + 1) * a.chunk) ++chunk;
       if (chunk != loaded) {
         if (loaded >= 0) Sync();
         LoadX(a, chunk * a.chunk, x_memory);
         Sync();
         loaded = chunk;
       }
-      AwaitPhase(ring.Filled(), ring.parity);
-      if (k0 + first_slice < a.in) {
-        uint4 w[2][2];  // [halves of the slice, columns]
+      stage.Place(ring, stage_columns * kStageRow);
+      if (static_cast<int>(stage.number % kTeams) == team) {
+        AwaitPhase(BarrierOf(ring.filled, stage.number), ParityOf(stage.number));
+        if (k0 + slice < in) {
+          uint4 h[2], l[2];  // halves of the slice
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
+          for (int i = 0; i < 2; ++i) {
+            const auto* at = x + (k0 - chunk * a.chunk + i * 32) * sizeof(Bf16);
+            h[i] = *reinterpret_cast<const uint4*>(at);
+            l[i] = *reinterpret_cast<const uint4*>(at + low_x);
+          }
+          const SliceReader reader = {ring.memory + stage.at, slice, stage_columns};
 #pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            w[i][c] = LoadShared(ring.Bytes() + weights + c * 8 * kStageRow + (i ^ odd) * 64);
+          for (int t = 0; t < 2; ++t) {
+            uint4 v[2], u[2];
+            reader.Read(t * kTile, v);
+            reader.Read(t * kTile + 8, u);
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              Multiply<Bf16>(high[t], {v[i].x, u[i].x, v[i].y, u[i].y}, h[i].x, h[i].y);
+              Multiply<Bf16>(low[t], {v[i].x, u[i].x, v[i].y, u[i].y}, l[i].x, l[i].y);
+              Multiply<Bf16>(high[t], {v[i].z, u[i].z, v[i].w, u[i].w}, h[i].z, h[i].w);
+              Multiply<Bf16>(low[t], {v[i].z, u[i].z, v[i].w, u[i].w}, l[i].z, l[i].w);
+            }
           }
         }
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const auto* at = x + (k0 - chunk * a.chunk + first_slice + i * 32) * sizeof(Bf16);
-          const uint4 h = *reinterpret_cast<const uint4*>(at);
-          const uint4 l = *reinterpret_cast<const uint4*>(at + low_x);
-          const uint4 v = Select(odd, w[i][0], w[1 - i][0]), u = Select(odd, w[i][1], w[1 - i][1]);
-          Multiply<Bf16>(high, {v.x, u.x, v.y, u.y}, h.x, h.y);
-          Multiply<Bf16>(low, {v.x, u.x, v.y, u.y}, l.x, l.y);
-          Multiply<Bf16>(high, {v.z, u.z, v.w, u.w}, h.z, h.w);
-          Multiply<Bf16>(low, {v.z, u.z, v.w, u.w}, l.z, l.w);
-        }
+        __syncwarp();
+        if (lane == 0) Arrive(BarrierOf(ring.used, stage.number));
       }
-      __syncwarp();
-      if (lane == 0) Arrive(ring.Used());
-      ring.Next();
+      stage.Next(stage_columns * kStageRow);
     }
-    // The warps' sums, in order.
-    float* sums = all_sums + parity * kAllSums + team * kTeamWarps * kSums;
+    // The warps' sums, those of the team that had the first step first: so that a column's sum does
+    // not depend on its item.
+    const int each_sums = SumsOf(rows);
+    float* sums = all_sums + parity * kWarps * each_sums;
     parity ^= 1;
+    if (lane % 4 * 2 < rows) {
+      float* to = sums + ((team ^ first_team) * kSlices + warp % kSlices) * each_sums;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      sums[warp % kTeamWarps * kSums + PlaceOfSum(lane % 4 * 2 + i % 2, i / 2 * 8 + group)] =
-          high[i] + low[i];
+      for (int i = 0; i < 8; ++i) {
+        to[PlaceOfSum(lane % 4 * 2 + i % 2, i / 2 * 8 + group)] =
+            high[i / 4][i % 4] + low[i / 4][i % 4];
+      }
     }
-    SyncTeam(team);
-    constexpr int kOuts = kGated ? kTile / 2 : kTile;  // of a team
-    const int row = member / kOuts, column = member % kOuts, in_item = team * kOuts + column;
-    if (row < a.rows && in_item < a.each && first + in_item < a.columns) {
-      const auto All = [&](int of_tile) {
+    Sync();
+    const int row = threadIdx.x / kItemColumns, column = threadIdx.x % kItemColumns;
+    if (row < rows && column < item.columns) {
+      const auto All = [&](int of_stage) {
         float all = 0;
 #pragma unroll
-        for (int w = 0; w < kTeamWarps; ++w) all += sums[w * kSums + PlaceOfSum(row, of_tile)];
+        for (int w = 0; w < kWarps; ++w) all += sums[w * each_sums + PlaceOfSum(row, of_stage)];
         return all;
       };
-      a.out[row * a.out_stride + first + in_item] =
-          kGated ? Activated(a.gelu, All(column), All(column + kTile / 2)) : All(column);
+      a.out[row * a.out_stride + item.first + column] =
+          kGated ? Activated(a.gelu, All(column), All(column + item.each)) : All(column);
     }
   }
 }
 
 // grid: a block a multiprocessor, or fewer where there are few columns.
 template <bool kGated>
-__global__ void __launch_bounds__(kThreads + kWarp, 1)
-    Stream(const __grid_constant__ StreamArgs a, int stages) {
+__global__ void __launch_bounds__(kThreads + kCopiers * kWarp, 1)
+    Stream(const __grid_constant__ StreamArgs a) {
   extern __shared__ __align__(128) unsigned char memory[];
-  __shared__ uint64_t filled[kMostStages], used[kMostStages];
+  __shared__ Barriers barriers;
   LetNextBegin();
-  const Ring ring = {Shared(memory), Shared(filled), Shared(used), stages};
-  if (threadIdx.x == 0) {
-    for (int s = 0; s < stages; ++s) {
-      InitBarrier(Shared(&filled[s]), 1);
-      InitBarrier(Shared(&used[s]), kWarps);
-    }
+  const Ring ring(memory, a.ring_bytes, barriers, kSlices);
+  if (threadIdx.x >= kThreads) {
+    return CopyWeights<kGated>(a.columns, ring, threadIdx.x / kWarp - kWarps);
   }
-  __syncthreads();
-  if (threadIdx.x >= kThreads) return CopyWeights<kGated>(a, ring);
   AwaitEarlier();
-  auto* sums = reinterpret_cast<float*>(memory + stages * kStageBytes);
-  MultiplyItems<kGated>(a, ring, sums, reinterpret_cast<unsigned char*>(sums + 2 * kAllSums));
+  auto* sums = reinterpret_cast<float*>(memory + a.ring_bytes);
+  MultiplyItems<kGated>(a, ring, sums,
+                        reinterpret_cast<unsigned char*>(sums + 2 * kWarps * SumsOf(a.rows)));
 }
 
 }  // namespace
@@ -240,39 +187,26 @@ bool Streams(const BackendContext& context, const Product& p) {
 }
 
 void MultiplyStream(BackendContext& context, const Product& p) {
-  StreamArgs a;
-  a.x = p.x.as<float>();
-  a.x_stride = p.x.stride[0];
-  a.weights = p.weight.as<Bf16>();
-  a.up = p.up.as<Bf16>();
-  a.weight_stride = p.weight.stride[0];
-  a.out = p.out.as<float>();
-  a.out_stride = p.out.stride[0];
+  const auto in = static_cast<int>(p.in());
+  StreamArgs a = {p.x.as<float>(), p.x.stride[0], Columns(p), p.out.as<float>(), p.out.stride[0]};
   a.rows = static_cast<int>(p.rows());
-  a.in = static_cast<int>(p.in());
-  a.columns = static_cast<int>(p.columns());
   a.gelu = p.activation == Activation::kGeluTanh;
   // Whole steps, as few chunks as there is room for.
   int chunks = 1;
   do {
-    a.chunk = chunks == 1 ? a.in : Blocks(a.in, chunks * kStep) * kStep;
+    a.chunk = chunks == 1 ? in : Blocks(in, chunks * kStep) * kStep;
     ++chunks;
   } while (2 * a.rows * PitchOf(a.chunk) > kMostXBytes);
-  const int others = int{sizeof(float)} * 2 * kAllSums + 2 * a.rows * PitchOf(a.chunk);
-  const int stages =
-      std::min(kMostStages, (context.max_shared_bytes - kStaticBytes - others) / kStageBytes);
-  CHECK_GE(stages, kLeastStages) << others << " bytes besides weights";
-  const int bytes = stages * kStageBytes + others;
-  const bool gated = a.up != nullptr;
-  const auto kernel = gated ? Stream<true> : Stream<false>;
+  const int others = SumBytes(a.rows) + 2 * a.rows * PitchOf(a.chunk);
+  a.ring_bytes = (context.max_shared_bytes - kStaticBytes - others) / 128 * 128;
+  CHECK_GE(a.ring_bytes, kLeastRingBytes) << others << " bytes besides weights";
+  const int bytes = a.ring_bytes + others;
+  const auto kernel = a.columns.up != nullptr ? Stream<true> : Stream<false>;
   Ok(context, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
      "MatMul");
-  const int most = gated ? kItemColumns / 2 : kItemColumns;
-  const int blocks = std::min(context.sm_count, Blocks(a.columns, kLeastColumns));
-  const int items = Blocks(a.columns, blocks * most);  // of a block
-  a.each = Blocks(a.columns, blocks * items);
-  LaunchEarlyWith(context, {.shared_bytes = bytes}, kernel, dim3(blocks), kThreads + kWarp, a,
-                  stages);
+  const int blocks = std::min(context.sm_count, Blocks(a.columns.count, kLeastColumns));
+  LaunchEarlyWith(context, {.shared_bytes = bytes}, kernel, dim3(blocks),
+                  kThreads + kCopiers * kWarp, a);
 }
 
 }  // namespace longspan::cuda

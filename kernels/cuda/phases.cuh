@@ -41,14 +41,23 @@ __device__ __forceinline__ void AwaitPhase(uint32_t barrier, int parity) {
   }
 }
 
+// How the L2 cache treats what is read once: it goes before all else.
+__device__ __forceinline__ uint64_t ReadOnce() {
+  uint64_t policy = 0;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+#endif
+  return policy;
+}
+
 // From global to shared memory, while this thread goes on. Places and bytes are multiples of 16.
-__device__ __forceinline__ void CopyBulk(uint32_t to, const void* from, int bytes,
-                                         uint32_t barrier) {
+__device__ __forceinline__ void CopyBulk(uint32_t to, const void* from, int bytes, uint32_t barrier,
+                                         uint64_t policy) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(to),
-      "l"(from), "r"(bytes), "r"(barrier)
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+      "[%1], %2, [%3], %4;" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
       : "memory");
 #endif
 }
