@@ -49,8 +49,8 @@ namespace {
 // Fewer rows than these are multiplied straight from the stored weights: converting them first
 // costs about as much as these rows' products.
 constexpr int64_t kRowsToWiden = 48;
-// Pieces per thread: enough that a late thread's share can be taken by others.
-constexpr int64_t kPiecesPerThread = 16;
+// Pieces taken at once: few enough that a late thread's share can be taken by others.
+constexpr int64_t kChunksPerThread = 32, kMostPieces = 8;
 // Rows below which a second loop over the team costs more than it saves.
 constexpr int64_t kRowsToShareQuantising = 4;
 
@@ -112,7 +112,7 @@ class Product {
     PrepareRows();
     const int64_t pieces = piece_begin_[args_.part_count];
     const int64_t grain =
-        std::max<int64_t>(1, pieces / (kPiecesPerThread * context_.team.threads()));
+        std::clamp<int64_t>(pieces / (kChunksPerThread * context_.team.threads()), 1, kMostPieces);
     context_.team.For(pieces, grain, [this](int64_t begin, int64_t end, int thread) {
       for (int p = 0; p < args_.part_count; ++p) {
         const int64_t first = std::max(begin, piece_begin_[p]);

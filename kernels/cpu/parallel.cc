@@ -22,7 +22,7 @@ inline void Pause() {
 
 }  // namespace
 
-ThreadTeam::ThreadTeam(int threads) {
+ThreadTeam::ThreadTeam(int threads) : shares_(threads) {
   CHECK_GE(threads, 1);
   workers_.reserve(threads - 1);
   for (int thread = 1; thread < threads; ++thread) {
@@ -54,19 +54,26 @@ void ThreadTeam::Run(FunctionRef<void(int)> body) {
 
 void ThreadTeam::For(int64_t count, int64_t grain, FunctionRef<void(int64_t, int64_t, int)> body) {
   CHECK_GE(grain, 1);
-  std::atomic<int64_t> next{0};
-  auto take = [&](int thread) {
-    while (true) {
-      const int64_t begin = next.fetch_add(grain, std::memory_order_relaxed);
-      if (begin >= count) return;
-      body(begin, std::min(begin + grain, count), thread);
+  if (count <= grain) {
+    if (count > 0) body(0, count, 0);
+    return;
+  }
+  const int64_t chunks = (count + grain - 1) / grain;
+  for (int t = 0; t < threads(); ++t) {
+    shares_[t].next = chunks * t / threads();
+    shares_[t].end = chunks * (t + 1) / threads();
+  }
+  const auto take = [&](int thread) {
+    for (int i = 0; i < threads(); ++i) {
+      Share& share = shares_[(thread + i) % threads()];
+      while (true) {
+        const int64_t chunk = share.next.fetch_add(1, std::memory_order_relaxed);
+        if (chunk >= share.end) break;
+        body(chunk * grain, std::min((chunk + 1) * grain, count), thread);
+      }
     }
   };
-  if (count <= grain) {
-    take(0);
-  } else {
-    Run(take);
-  }
+  Run(take);
 }
 
 void ThreadTeam::Work(int thread) {

@@ -41,7 +41,8 @@ class ThreadTeam {
 
   // Calls body(thread) once on each thread of the team and returns when all have returned.
   void Run(FunctionRef<void(int thread)> body);
-  // Splits [0, count) into chunks of `grain` taken in any order: body(begin, end, thread).
+  // Splits [0, count) into chunks of `grain`: body(begin, end, thread). A thread takes those of its
+  // own part of the range in ascending order, then what others have left.
   void For(int64_t count, int64_t grain,
            FunctionRef<void(int64_t begin, int64_t end, int thread)> body);
 
@@ -50,7 +51,14 @@ class ThreadTeam {
   void AwaitLoop(uint32_t seen);  // until generation_ leaves `seen`
   void AwaitWorkers();            // until running_ is 0
 
+  // Chunks of one loop that a thread begins with; others take of them, too.
+  struct alignas(64) Share {
+    std::atomic<int64_t> next{0};
+    int64_t end = 0;
+  };
+
   std::vector<std::thread> workers_;
+  std::vector<Share> shares_;                     // [threads]
   const FunctionRef<void(int)>* body_ = nullptr;  // published by generation_
   std::atomic<uint32_t> generation_{0};
   std::atomic<int> running_{0};  // workers that have not yet returned from the loop

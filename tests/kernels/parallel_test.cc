@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <chrono>
 #include <numeric>
 #include <thread>
@@ -44,6 +45,32 @@ TEST(ThreadTeam, CoversARangeOnceInChunksOfTheGrain) {
       });
       EXPECT_EQ(hits, std::vector<int>(count, 1));
     }
+  }
+}
+
+TEST(ThreadTeam, BeginsWithAThreadsOwnPartOfTheRange) {
+  for (int threads : {2, 3, 4}) {
+    ThreadTeam team(threads);
+    std::vector<std::vector<int64_t>> begins(threads);
+    std::atomic<int> begun{0};
+    team.For(5 * 12, 5, [&](int64_t begin, int64_t, int thread) {
+      begins[thread].push_back(begin);
+      if (begins[thread].size() == 1) ++begun;
+      while (begun < threads) std::this_thread::yield();  // nobody takes another's first chunk
+    });
+    for (int t = 0; t < threads; ++t) EXPECT_EQ(begins[t].front(), 5 * 12 * t / threads);
+  }
+}
+
+TEST(ThreadTeam, TakesWhatALateThreadHasLeft) {
+  for (int threads : {2, 3, 4}) {
+    ThreadTeam team(threads);
+    std::atomic<int> done{0};
+    team.For(100, 1, [&](int64_t begin, int64_t, int) {
+      while (begin == 0 && done < 99) std::this_thread::yield();
+      ++done;
+    });
+    EXPECT_EQ(done, 100);
   }
 }
 
