@@ -1,5 +1,7 @@
 #include "kernels/cpu/parallel.h"
 
+#include <sched.h>
+
 #include <algorithm>
 
 #include "kernels/check.h"
@@ -9,6 +11,23 @@ namespace {
 
 // About 50 µs: longer than the gap between two ops of a step, far shorter than a scheduler's slice.
 constexpr int kSpins = 1500;
+
+// The processors that this thread may run on; none where the kernel does not tell.
+cpu_set_t AllowedProcessors() {
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof(allowed), &allowed) != 0) CPU_ZERO(&allowed);
+  return allowed;
+}
+
+// Goes to another processor, any that the thread may run on.
+void Leave(int processor) {
+  const cpu_set_t allowed = AllowedProcessors();
+  cpu_set_t others = allowed;
+  CPU_CLR(processor, &others);
+  if (CPU_COUNT(&others) == 0) return;
+  sched_setaffinity(0, sizeof(others), &others);  // does not return on that processor
+  sched_setaffinity(0, sizeof(allowed), &allowed);
+}
 
 inline void Pause() {
 #if defined(__x86_64__)
@@ -24,6 +43,8 @@ inline void Pause() {
 
 ThreadTeam::ThreadTeam(int threads) : shares_(threads) {
   CHECK_GE(threads, 1);
+  const cpu_set_t allowed = AllowedProcessors();
+  spread_ = CPU_COUNT(&allowed) >= threads;
   workers_.reserve(threads - 1);
   for (int thread = 1; thread < threads; ++thread) {
     workers_.emplace_back([this, thread] { Work(thread); });
@@ -41,6 +62,7 @@ ThreadTeam::~ThreadTeam() {
 void ThreadTeam::Run(FunctionRef<void(int)> body) {
   if (!workers_.empty()) {
     body_ = &body;
+    caller_processor_ = sched_getcpu();
     running_ = static_cast<int>(workers_.size());
     ++generation_;
     if (sleepers_ > 0) {
@@ -82,6 +104,7 @@ void ThreadTeam::Work(int thread) {
     AwaitLoop(seen);
     ++seen;
     if (stop_) return;
+    if (spread_ && sched_getcpu() == caller_processor_) Leave(caller_processor_);
     (*body_)(thread);
     if (--running_ == 0 && caller_sleeps_) {
       { std::lock_guard lock(mutex_); }

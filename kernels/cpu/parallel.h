@@ -60,6 +60,10 @@ class ThreadTeam {
   std::vector<std::thread> workers_;
   std::vector<Share> shares_;                     // [threads]
   const FunctionRef<void(int)>* body_ = nullptr;  // published by generation_
+  int caller_processor_ = 0;                      // with it
+  // Whether workers leave the processor that the caller runs on. Where two threads wake each other,
+  // Linux may keep them on one of two processors for seconds, ten times as slow.
+  bool spread_ = false;
   std::atomic<uint32_t> generation_{0};
   std::atomic<int> running_{0};  // workers that have not yet returned from the loop
   std::atomic<bool> stop_{false};

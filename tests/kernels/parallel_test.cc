@@ -1,6 +1,7 @@
 #include "kernels/cpu/parallel.h"
 
 #include <gtest/gtest.h>
+#include <sched.h>
 
 #include <atomic>
 #include <chrono>
@@ -72,6 +73,33 @@ TEST(ThreadTeam, TakesWhatALateThreadHasLeft) {
     });
     EXPECT_EQ(done, 100);
   }
+}
+
+TEST(ThreadTeam, TakesAWorkerFromTheCallersProcessorAndLeavesItFree) {
+  cpu_set_t all;
+  ASSERT_EQ(sched_getaffinity(0, sizeof(all), &all), 0);
+  if (CPU_COUNT(&all) < 2) GTEST_SKIP() << "there is one processor";
+  ThreadTeam team(2);
+  const int processor = sched_getcpu();
+  cpu_set_t one;
+  CPU_ZERO(&one);
+  CPU_SET(processor, &one);
+  ASSERT_EQ(sched_setaffinity(0, sizeof(one), &one), 0);
+  team.Run([&](int thread) {  // the worker comes here, may go elsewhere, and need not
+    if (thread == 0) return;
+    sched_setaffinity(0, sizeof(one), &one);
+    sched_setaffinity(0, sizeof(all), &all);
+  });
+  int found = processor;
+  cpu_set_t allowed;
+  team.Run([&](int thread) {
+    if (thread == 0) return;
+    found = sched_getcpu();
+    sched_getaffinity(0, sizeof(allowed), &allowed);
+  });
+  EXPECT_NE(found, processor);
+  EXPECT_TRUE(CPU_EQUAL(&allowed, &all));
+  ASSERT_EQ(sched_setaffinity(0, sizeof(all), &all), 0);
 }
 
 // Loops close together find the workers spinning, loops far apart find them asleep, and loops at
