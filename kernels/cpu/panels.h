@@ -33,6 +33,8 @@ struct PackedPanel {
   static constexpr int kGroupBytes = kElements == 32 ? 0 : Format::kMin ? 2 * kPanel : kPanel;
   static constexpr int kScaleBytes =
       (Format::kMin ? 2 * kHalves : kHalves) + kGroups * kGroupBytes;  // of one block
+  // A run's share of a panel's bytes, scales included.
+  static constexpr int kRunShare = kRunBytes + kScaleBytes * 32 / kElements;
 
   static constexpr int64_t ScalesAt(int64_t in) { return in / 32 * kRunBytes; }
   static constexpr int64_t Bytes(int64_t in) {

@@ -78,8 +78,10 @@ LONGSPAN_TARGET void Unpack(const uint8_t* packed, int64_t in, const PanelMemory
                          memory.scales + group, memory.mins + group);
   }
   auto* levels = reinterpret_cast<int8_t*>(memory.levels);
-  for (int64_t run = 0; run < in / 32; ++run, packed += Packed::kRunBytes) {
-    Prefetch<Packed::kRunBytes>(packed + kAhead);
+  const uint8_t* ahead = packed + kAhead;
+  for (int64_t run = 0; run < in / 32;
+       ++run, packed += Packed::kRunBytes, ahead += Packed::kRunShare) {
+    Prefetch<Packed::kRunShare>(ahead);
     LONGSPAN_UNROLL
     for (int s = 0; s < kRunSteps; ++s, levels += kStepBytes) {
       LONGSPAN_UNROLL

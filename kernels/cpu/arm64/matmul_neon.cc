@@ -144,7 +144,7 @@ LONGSPAN_INLINE void MultiplyFloatTile(const FloatTile& t, int64_t row, int64_t 
     for (int c = 0; c < C; ++c) sum[r][c] = vdupq_n_f32(0);
   }
   const bool cold = t.cold && row == 0;
-  const std::byte* next = w[C - 1] + t.weight_stride;
+  const std::byte* next = FloatsAhead(w[0], C * t.weight_stride);
   for (int64_t i = 0; i < t.in; i += 4) {
     if (cold) Prefetch<4 * kBytes * C>(next + i * kBytes * C);
     float32x4_t weights[C];

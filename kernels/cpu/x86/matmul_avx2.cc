@@ -150,8 +150,10 @@ LONGSPAN_AVX2 Panel Unpack(const uint8_t* packed, int64_t in, const PanelMemory&
   }
   if (Format::kBits == 8) return {packed, memory.scales, memory.mins};
   uint8_t* levels = memory.levels;
-  for (int64_t run = 0; run < in / 32; ++run, packed += Packed::kRunBytes) {
-    Prefetch<Packed::kRunBytes>(packed + kAhead);
+  const uint8_t* ahead = packed + kAhead;
+  for (int64_t run = 0; run < in / 32;
+       ++run, packed += Packed::kRunBytes, ahead += Packed::kRunShare) {
+    Prefetch<Packed::kRunShare>(ahead);
     LONGSPAN_UNROLL
     for (int s = 0; s < kRunSteps; ++s, levels += kStepBytes) {
       Store256(levels, UnpackLevels<Format>(packed, s, 0));
@@ -202,7 +204,10 @@ LONGSPAN_AVX2 inline void MultiplyRows(const BlockTile& t, const Panel& panel, i
   const uint8_t* levels = panel.levels;
   for (int64_t g = 0; g < groups; ++g) {
     // Others' levels were asked for when they were unpacked.
-    if (Format::kBits == 8 && row == 0) Prefetch<kGroup * kPanel>(levels + kAhead);
+    if (Format::kBits == 8 && row == 0) {
+      Prefetch<PackedPanel<Format>::kRunShare>(t.panel + g * PackedPanel<Format>::kRunShare +
+                                               kAhead);
+    }
     __m256i dot[R][2];
     LONGSPAN_UNROLL
     for (int r = 0; r < R; ++r) dot[r][0] = dot[r][1] = _mm256_setzero_si256();
@@ -311,7 +316,7 @@ LONGSPAN_AVX2 inline void MultiplyFloatTile(const FloatTile& t, int64_t row, int
     for (int c = 0; c < C; ++c) sum[r][c] = _mm256_setzero_ps();
   }
   const bool cold = t.cold && row == 0;
-  const std::byte* next = w[C - 1] + t.weight_stride;
+  const std::byte* next = FloatsAhead(w[0], C * t.weight_stride);
   for (int64_t i = 0; i < t.in; i += 8) {
     if (cold) Prefetch<8 * kBytes * C>(next + i * kBytes * C);
     __m256 weights[C];

@@ -81,7 +81,7 @@ LONGSPAN_AVX512 inline void MultiplyRows(const BlockTile& t, int64_t row) {
   const uint8_t* block = t.panel + Packed::ScalesAt(t.in);
   int group = 0;  // of the block
   for (int64_t run = 0; run < t.in / 32; ++run, levels += Packed::kRunBytes, q += 32) {
-    if (row == 0) Prefetch<Packed::kRunBytes>(levels + kAhead);
+    if (row == 0) Prefetch<Packed::kRunShare>(t.panel + run * Packed::kRunShare + kAhead);
     LONGSPAN_UNROLL
     for (int part = 0; part < kGroupsOfRun; ++part, ++group) {
       __m512i dot[R];
@@ -163,7 +163,7 @@ LONGSPAN_AVX512 inline void MultiplyFloatTile(const FloatTile& t, int64_t row, i
     for (int c = 0; c < C; ++c) sum[r][c] = _mm512_setzero_ps();
   }
   const bool cold = t.cold && row == 0;
-  const std::byte* next = w[C - 1] + t.weight_stride;
+  const std::byte* next = FloatsAhead(w[0], C * t.weight_stride);
   for (int64_t i = 0; i < t.in; i += 16) {
     if (cold) Prefetch<16 * kBytes * C>(next + i * kBytes * C);
     __m512 weights[C];

@@ -41,7 +41,7 @@ struct Bf16Rows {
       for (int c = 0; c < C; ++c) sum[r][c] = _mm512_setzero_ps();
     }
     const bool cold = t.cold && row == 0;
-    const std::byte* next = w[C - 1] + t.weight_stride;
+    const std::byte* next = FloatsAhead(w[0], C * t.weight_stride);
     for (int64_t i = 0; i < t.in; i += kBf16Padding) {
       if (cold) Prefetch<2 * kBf16Padding * C>(next + 2 * i * C);
       __m512bh weights[C];
