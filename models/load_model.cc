@@ -1,4 +1,5 @@
 #include <filesystem>
+#include <future>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
@@ -42,12 +43,14 @@ absl::StatusOr<LoadedModel> LoadModel(const std::string& path, Backend& backend,
   if (!checkpoint.ok()) return checkpoint.status();
   loaded.checkpoint = *std::move(checkpoint);
 
-  auto tokenizer = Tokenizer::Create(*loaded.checkpoint);
-  if (!tokenizer.ok()) return tokenizer.status();
-  loaded.tokenizer = *std::move(tokenizer);
-
+  // One thread's work of strings while the backend's pack the weights.
+  auto reading =
+      std::async(std::launch::async, [&loaded] { return Tokenizer::Create(*loaded.checkpoint); });
   auto model = Model::Load(loaded.checkpoint, backend, options);
+  auto tokenizer = reading.get();
+  if (!tokenizer.ok()) return tokenizer.status();
   if (!model.ok()) return model.status();
+  loaded.tokenizer = *std::move(tokenizer);
   loaded.model = *std::move(model);
 
   const ModelSpec& spec = loaded.model->spec();
