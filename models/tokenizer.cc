@@ -75,7 +75,6 @@ struct Tokenizer::Impl {
   TokenizerSpec spec;
   std::unique_ptr<SentencePiece> pieces;
   MarkerMatcher markers;
-  std::vector<std::string> surfaces;  // Piece() by id
 };
 
 Tokenizer::Tokenizer() : impl_(std::make_unique<Impl>()) {}
@@ -92,21 +91,10 @@ absl::StatusOr<std::unique_ptr<Tokenizer>> Tokenizer::FromSpec(TokenizerSpec spe
   }
   impl.spec = std::move(spec);
   const auto& pieces = impl.spec.vocabulary.pieces;
-  impl.surfaces.reserve(pieces.size());
   for (size_t i = 0; i < pieces.size(); ++i) {
-    const VocabularyPiece& piece = pieces[i];
-    if (impl.spec.marker[i] || piece.type == PieceType::kUnknown) {
-      impl.markers.Add(piece.text, static_cast<int32_t>(i));
+    if (impl.spec.marker[i] || pieces[i].type == PieceType::kUnknown) {
+      impl.markers.Add(pieces[i].text, static_cast<int32_t>(i));
     }
-    std::string surface;
-    if (piece.type == PieceType::kUnknown) {
-      surface = impl.spec.vocabulary.unknown_surface;
-    } else if (piece.type == PieceType::kByte) {
-      surface = static_cast<char>(std::stoi(piece.text.substr(3, 2), nullptr, 16));
-    } else {
-      surface = absl::StrReplaceAll(piece.text, {{kSpaceSymbol, " "}});
-    }
-    impl.surfaces.push_back(std::move(surface));
   }
   return tokenizer;
 }
@@ -176,14 +164,20 @@ std::string Tokenizer::Decode(absl::Span<const int32_t> ids, bool skip_special) 
 
 std::string Tokenizer::Piece(int32_t id) const {
   if (id < 0 || id >= vocab_size()) return "";
-  return impl_->surfaces[id];
+  const Vocabulary& vocabulary = impl_->spec.vocabulary;
+  const VocabularyPiece& piece = vocabulary.pieces[id];
+  if (piece.type == PieceType::kUnknown) return vocabulary.unknown_surface;
+  if (piece.type == PieceType::kByte) {
+    return std::string(1, static_cast<char>(std::stoi(piece.text.substr(3, 2), nullptr, 16)));
+  }
+  return absl::StrReplaceAll(piece.text, {{kSpaceSymbol, " "}});
 }
 
 bool Tokenizer::IsSpecial(int32_t id) const {
   return id >= 0 && id < vocab_size() && impl_->spec.marker[id];
 }
 
-int Tokenizer::vocab_size() const { return static_cast<int>(impl_->surfaces.size()); }
+int Tokenizer::vocab_size() const { return static_cast<int>(impl_->spec.vocabulary.pieces.size()); }
 int Tokenizer::bos() const { return impl_->spec.vocabulary.bos; }
 std::vector<int> Tokenizer::eos() const { return impl_->spec.eos; }
 bool Tokenizer::add_bos_token() const { return impl_->spec.add_bos && bos() >= 0; }
