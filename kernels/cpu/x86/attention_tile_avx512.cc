@@ -23,20 +23,34 @@ namespace {
 
 constexpr int kWide = 16;
 
-LONGSPAN_AVX512 void Load(DType dtype, const std::byte* from, int64_t stride, int rows, int dim,
-                          int padded, float* to) {
+// The elements of `valid` lanes at p; zero in the others.
+template <DType kType>
+LONGSPAN_AVX512 inline __m512 LoadWide(const std::byte* p, __mmask16 valid) {
+  if constexpr (kType == DType::kF32) return _mm512_maskz_loadu_ps(valid, p);
+  return _mm512_castsi512_ps(
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(valid, p)), 16));
+}
+
+template <DType kType>
+LONGSPAN_AVX512 inline void LoadRows(const std::byte* from, int64_t stride, int rows, int dim,
+                                     int padded, float* to) {
+  constexpr int kBytes = Info(kType).block_bytes;
+  const int whole = dim / kWide * kWide;
   for (int row = 0; row < rows; ++row, from += stride, to += padded) {
-    for (int d = 0; d < padded; d += kWide) {
-      const int count = dim - d < kWide ? (dim > d ? dim - d : 0) : kWide;
-      const __mmask16 valid = static_cast<__mmask16>((1u << count) - 1);
-      const __m512 value =
-          dtype == DType::kF32
-              ? _mm512_maskz_loadu_ps(valid, from + d * sizeof(float))
-              : _mm512_castsi512_ps(_mm512_slli_epi32(
-                    _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(valid, from + d * 2)), 16));
-      _mm512_storeu_ps(to + d, value);
+    for (int d = 0; d < whole; d += kWide) {
+      _mm512_storeu_ps(to + d, LoadWide<kType>(from + d * kBytes, 0xffff));
+    }
+    __mmask16 rest = static_cast<__mmask16>((1u << (dim - whole)) - 1);
+    for (int d = whole; d < padded; d += kWide, rest = 0) {
+      _mm512_storeu_ps(to + d, LoadWide<kType>(from + d * kBytes, rest));
     }
   }
+}
+
+LONGSPAN_AVX512 void Load(DType dtype, const std::byte* from, int64_t stride, int rows, int dim,
+                          int padded, float* to) {
+  (dtype == DType::kF32 ? LoadRows<DType::kF32> : LoadRows<DType::kBF16>)(from, stride, rows, dim,
+                                                                          padded, to);
 }
 
 // kQ queries against 16 / kQ keys.
