@@ -68,12 +68,13 @@ struct Partial {
 
 class Job {
  public:
-  Job(const AttentionArgs& args, const AttentionTile& tile)
+  Job(const AttentionArgs& args, Simd simd)
       : a_(args),
-        tile_(tile),
+        simd_(simd),
+        tile_(SetOf(simd).attention),
         heads_(static_cast<int>(args.query.shape[1])),
         dim_(static_cast<int>(args.query.shape[2])),
-        padded_((dim_ + tile.lanes - 1) / tile.lanes * tile.lanes),
+        padded_((dim_ + tile_.lanes - 1) / tile_.lanes * tile_.lanes),
         group_(heads_ / args.cache.kv_heads) {
     CHECK(a_.out.dtype == DType::kF32);
     CHECK_EQ(heads_ % a_.cache.kv_heads, 0);
@@ -124,6 +125,7 @@ class Job {
   void Finish(const Item& item, const Partial& partial) const;
 
   const AttentionArgs& a_;
+  const Simd simd_;
   const AttentionTile& tile_;
   int heads_, dim_, padded_, group_;
 };
@@ -231,7 +233,7 @@ void Job::AddSpans(const Item& item, int64_t block, const float* scores, Partial
     }
     for (int g = 0; g < group_; ++g) {
       partial.spans[(o - begin) * group_ + g].Add(
-          edges, block * kBlockKeys, scores + (token * group_ + g) * kBlockKeys, kBlockKeys);
+          edges, block * kBlockKeys, scores + (token * group_ + g) * kBlockKeys, simd_);
     }
   }
 }
@@ -391,7 +393,7 @@ void Job::Run(BackendContext& context) {
 }  // namespace
 
 void Attention(BackendContext& context, const AttentionArgs& args) {
-  Job(args, SetOf(context.simd).attention).Run(context);
+  Job(args, context.simd).Run(context);
 }
 
 }  // namespace longspan::cpu

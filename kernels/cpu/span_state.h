@@ -5,6 +5,8 @@
 //   h = sum of e^(s - m) (s - m)     → a * (h + (m - m') l)
 #include <cstdint>
 
+#include "kernels/cpu/attention_tile.h"
+#include "kernels/cpu/simd.h"
 #include "kernels/span_record.h"
 
 namespace longspan::cpu {
@@ -27,14 +29,15 @@ struct SpanState {
     const ProbeRange* probes = nullptr;
     int probe_count = 0;
   };
-  // Scores of keys [first, first + count), -inf where masked.
-  void Add(const Edges& edges, int64_t first, const float* scores, int count);
+  // Scores of the kBlockKeys keys from `first` on, -inf where masked.
+  void Add(const Edges& edges, int64_t first, const float* scores, Simd simd);
   void Merge(const SpanState& later);
   // sink_logit: a learned sink's logit, which takes mass; -inf: none.
   SpanRecord Record(int64_t position, double sink_logit) const;
 
  private:
   void RaiseTo(double max);
+  void AddProbes(const Edges& edges, int64_t first, const float* weights);
 };
 
 }  // namespace longspan::cpu
