@@ -12,7 +12,7 @@ using testing::AttentionCase;
 
 // fp32 sums of up to 1,500 products of unit normals against doubles.
 constexpr double kTolerance = 2e-5;
-// The project's bound is 1e-3; the CPU keeps these sums in doubles.
+// The project's bound is 1e-3; the CPU adds a block's 64 keys in floats, blocks in doubles.
 constexpr double kSpanTolerance = 1e-5;
 
 void ExpectEqualsEager(const AttentionCase& c, int every = 1) {
