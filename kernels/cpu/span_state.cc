@@ -100,8 +100,7 @@ void SpanState::Add(const Edges& edges, int64_t first, const float* scores, Simd
   const int64_t furthest = edges.position - first;
   const auto sinks = static_cast<int>(std::max<int64_t>(0, kSinkTokens - first));
   (simd == Simd::kPortable ? WeighPortable : WeighLanes)(
-      scores, l > 0 ? static_cast<float>(max) : -INFINITY, static_cast<float>(furthest), sinks,
-      block);
+      scores, static_cast<float>(max), static_cast<float>(furthest), sinks, block);
   if (block.highest == -INFINITY) return;
   if (top_key < 0 || block.highest > top_score) {
     top_score = block.highest;

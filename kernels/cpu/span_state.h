@@ -3,6 +3,7 @@
 // merged by the rules of the running maximum. With a new maximum m', a = e^(m - m'):
 //   sums of e^(s - m) weights        → a * sum
 //   h = sum of e^(s - m) (s - m)     → a * (h + (m - m') l)
+#include <cmath>
 #include <cstdint>
 
 #include "kernels/cpu/attention_tile.h"
@@ -12,8 +13,8 @@
 namespace longspan::cpu {
 
 struct SpanState {
-  double max = -1e300;  // m; below every logit
-  double l = 0;         // sum of weights
+  double max = -INFINITY;  // m
+  double l = 0;            // sum of weights
   double h = 0;
   double distance = 0;  // weight * (t - j), sinks excluded
   double far = 0, sink = 0, probe = 0, beyond = 0;

@@ -9,8 +9,6 @@
 
 namespace longspan::cuda {
 
-using Bf16 = __nv_bfloat16;
-
 constexpr int kHeads = 8;
 constexpr int kStep = 16;   // keys, or values, of a stage: [kStep, kDim]
 constexpr int kVector = 8;  // elements of 16 bytes

@@ -13,8 +13,6 @@
 namespace longspan::cuda {
 namespace {
 
-using Bf16 = __nv_bfloat16;
-
 constexpr int kWarps = 8;   // of a block; each takes every kWarps-th slice of the sums
 constexpr int kSlice = 32;  // elements: 8 of each of the 4 threads that share a row
 constexpr int kStep = kWarps * kSlice;

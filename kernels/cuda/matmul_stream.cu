@@ -1,7 +1,7 @@
 // Few rows times bf16 weights at the speed at which memory gives the weights, also while what comes
 // before is not done. One block a multiprocessor; the weights of its columns come through a ring in
-// shared memory, which begins to fill while x is still being made: a ring of all blocks holds up to
-// 25 MB, what an H100's memory gives in 9 us.
+// shared memory, which begins to fill while x is still being made: rings of all blocks hold up to
+// 27 MB, what an H100's memory gives in 9 us.
 //
 // Weights are the products' rows and x's rows their columns, of which a product has 8. x goes in as
 // two bf16 (its rounding and what that lost), which keeps 16 bits of it.

@@ -9,6 +9,8 @@
 
 namespace longspan::cuda {
 
+using Bf16 = __nv_bfloat16;
+
 __device__ __forceinline__ uint32_t Shared(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }

@@ -2,8 +2,6 @@
 // The way of bf16 weights from memory into a block: some warps copy the columns of its items, step
 // after step, through a ring of stages in shared memory, from which others multiply. For sm_90 and
 // later.
-#include <cuda_bf16.h>
-
 #include <cstdint>
 
 #include "kernels/cuda/matmul.h"
@@ -12,8 +10,6 @@
 #include "kernels/cuda/tensor_cores.cuh"
 
 namespace longspan::cuda {
-
-using Bf16 = __nv_bfloat16;
 
 // Copies of 1 KB begin one after another in a warp, some 40 ns each on an H100: one warp moves no
 // more than 3.3 TB/s, even out of the L2 cache.
