@@ -12,7 +12,6 @@
 #include <limits>
 #include <new>
 #include <utility>
-#include <vector>
 
 #include "kernels/check.h"
 #include "kernels/cpu/attention_tile.h"
@@ -84,7 +83,8 @@ class Job {
   void Run(BackendContext& context);
 
  private:
-  std::vector<Item> Items() const;
+  template <class Visit>
+  void ForEachItem(Visit visit) const;
   int64_t FirstKey(int64_t position) const {
     return a_.window > 0 ? std::max<int64_t>(0, position - a_.window + 1) : 0;
   }
@@ -115,6 +115,8 @@ class Job {
     partial.Reset(item.tokens * group_, padded_, (end - begin) * group_);
   }
 
+  void RunItems(BackendContext& context, int64_t count) const;
+  void RunSegments(BackendContext& context, int64_t count, size_t partial_bytes) const;
   void LoadQueries(const Item& item, float* queries) const;
   void LoadBlock(const Item& item, int64_t block, int64_t first, int64_t last, float* keys,
                  float* values) const;
@@ -130,19 +132,18 @@ class Job {
   int heads_, dim_, padded_, group_;
 };
 
-std::vector<Item> Job::Items() const {
-  std::vector<Item> items;
+template <class Visit>
+void Job::ForEachItem(Visit visit) const {
   const int tokens = std::max(1, kTileQueries / group_);
   for (int s = 0; s < a_.batch.sequences; ++s) {
     const int begin = a_.batch.row_begin[s], end = a_.batch.row_begin[s + 1];
     for (int row = begin; row < end; row += tokens) {
       for (int h = 0; h < a_.cache.kv_heads; ++h) {
-        items.push_back({s, h, row, std::min(tokens, end - row),
-                         static_cast<int64_t>(a_.batch.start[s]) + row - begin});
+        visit(Item{s, h, row, std::min(tokens, end - row),
+                   static_cast<int64_t>(a_.batch.start[s]) + row - begin});
       }
     }
   }
-  return items;
 }
 
 std::pair<int, int> Job::Observed(const Item& item) const {
@@ -325,66 +326,73 @@ void Job::Finish(const Item& item, const Partial& partial) const {
 }
 
 void Job::Run(BackendContext& context) {
-  const std::vector<Item> items = Items();
   const int threads = context.team.threads();
+  int64_t items = 0, segments = 0;
   int most_segments = 0;
-  for (const Item& item : items) {
-    most_segments = std::max(most_segments, LastSegment(item) - FirstSegment(item) + 1);
+  size_t partial_bytes = 0;  // of all segments
+  ForEachItem([&](const Item& item) {
+    const int own = LastSegment(item) - FirstSegment(item) + 1;
+    ++items;
+    segments += own;
+    most_segments = std::max(most_segments, own);
+    partial_bytes += own * PartialBytes(item);
+  });
+  if (threads > 1 && most_segments > 1 && items < 4 * threads) {
+    RunSegments(context, segments, partial_bytes);
+  } else {
+    RunItems(context, items);
   }
-  const bool split =
-      threads > 1 && most_segments > 1 && static_cast<int>(items.size()) < 4 * threads;
+}
 
-  if (!split) {
-    context.team.For(static_cast<int64_t>(items.size()), 1,
-                     [&](int64_t begin, int64_t end, int thread) {
-                       for (int64_t i = begin; i < end; ++i) {
-                         const Item& item = items[i];
-                         const size_t bytes = PartialBytes(item);
-                         std::byte* memory = context.Scratch(thread, 2 * bytes + WorkBytes());
-                         Partial total = PartialAt(item, memory);
-                         Partial part = PartialAt(item, memory + bytes);
-                         Reset(item, total);
-                         for (int s = FirstSegment(item); s <= LastSegment(item); ++s) {
-                           Reset(item, part);
-                           Segment(item, s, memory + 2 * bytes, part);
-                           Merge(item, part, total);
-                         }
-                         Finish(item, total);
-                       }
-                     });
-    return;
-  }
-
-  struct Piece {
-    int item;
-    int segment;
-    size_t offset;
-  };
-  std::vector<Piece> pieces;
-  size_t bytes = 0;
-  for (size_t i = 0; i < items.size(); ++i) {
-    for (int s = FirstSegment(items[i]); s <= LastSegment(items[i]); ++s) {
-      pieces.push_back({static_cast<int>(i), s, bytes});
-      bytes += PartialBytes(items[i]);
+void Job::RunItems(BackendContext& context, int64_t count) const {
+  auto* items = reinterpret_cast<Item*>(context.SharedScratch(count * sizeof(Item)));
+  ForEachItem([end = items](const Item& item) mutable { *end++ = item; });
+  context.team.For(count, 1, [&](int64_t begin, int64_t end, int thread) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Item& item = items[i];
+      const size_t bytes = PartialBytes(item);
+      std::byte* memory = context.Scratch(thread, 2 * bytes + WorkBytes());
+      Partial total = PartialAt(item, memory);
+      Partial part = PartialAt(item, memory + bytes);
+      Reset(item, total);
+      for (int s = FirstSegment(item); s <= LastSegment(item); ++s) {
+        Reset(item, part);
+        Segment(item, s, memory + 2 * bytes, part);
+        Merge(item, part, total);
+      }
+      Finish(item, total);
     }
-  }
-  std::byte* shared = context.SharedScratch(bytes);
-  context.team.For(static_cast<int64_t>(pieces.size()), 1,
-                   [&](int64_t begin, int64_t end, int thread) {
-                     for (int64_t i = begin; i < end; ++i) {
-                       const Item& item = items[pieces[i].item];
-                       Partial part = PartialAt(item, shared + pieces[i].offset);
-                       Reset(item, part);
-                       Segment(item, pieces[i].segment, context.Scratch(thread, WorkBytes()), part);
-                     }
-                   });
-  for (size_t i = 0; i < pieces.size();) {
-    const Item& item = items[pieces[i].item];
+  });
+}
+
+void Job::RunSegments(BackendContext& context, int64_t count, size_t partial_bytes) const {
+  struct Piece {
+    Item item;
+    int segment;
+    std::byte* partial;
+  };
+  std::byte* memory = context.SharedScratch(partial_bytes + count * sizeof(Piece));
+  auto* pieces = reinterpret_cast<Piece*>(memory + partial_bytes);
+  ForEachItem([&, partial = memory, end = pieces](const Item& item) mutable {
+    for (int s = FirstSegment(item); s <= LastSegment(item); ++s) {
+      *end++ = {item, s, partial};
+      partial += PartialBytes(item);
+    }
+  });
+  context.team.For(count, 1, [&](int64_t begin, int64_t end, int thread) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Piece& piece = pieces[i];
+      Partial part = PartialAt(piece.item, piece.partial);
+      Reset(piece.item, part);
+      Segment(piece.item, piece.segment, context.Scratch(thread, WorkBytes()), part);
+    }
+  });
+  for (const Piece* piece = pieces; piece != pieces + count;) {
+    const Item& item = piece->item;
     Partial total = PartialAt(item, context.Scratch(0, PartialBytes(item)));
     Reset(item, total);
-    const int current = pieces[i].item;
-    for (; i < pieces.size() && pieces[i].item == current; ++i) {
-      Merge(item, PartialAt(item, shared + pieces[i].offset), total);
+    for (int s = FirstSegment(item); s <= LastSegment(item); ++s, ++piece) {
+      Merge(item, PartialAt(item, piece->partial), total);
     }
     Finish(item, total);
   }
