@@ -134,32 +134,56 @@ int32_t RowRank(std::span<const float> row, int32_t index) {
   return before[0] + before[1] + before[2] + before[3];
 }
 
-void RowTop(std::span<const float> row, int64_t count,
-            std::vector<std::pair<float, int32_t>>* out) {
-  out->clear();
-  if (count <= 0) return;
+namespace {
+
+// Writes the maximum of each block to maxima[0, blocks) and returns a value that none of the
+// `count` largest is below. maxima: [2 * blocks].
+float FloorOfTop(std::span<const float> row, int64_t count, float* maxima) {
   const int64_t blocks = RowBlocks(row);
-  std::vector<float> maxima(blocks);
   for (int64_t b = 0; b < blocks; ++b) maxima[b] = BlockMax(row, b);
-  // `count` blocks have a value of at least the count-th largest maximum, so the answer is not
-  // smaller.
-  float floor = kNoLogit;
-  if (count <= blocks) {
-    std::vector<float> order = maxima;
-    std::nth_element(order.begin(), order.begin() + (count - 1), order.end(),
-                     std::greater<float>());
-    floor = order[count - 1];
-  }
-  for (int64_t b = 0; b < blocks; ++b) {
+  // `count` blocks have a value of at least the count-th largest maximum.
+  if (count > blocks) return kNoLogit;
+  float* order = maxima + blocks;
+  std::copy(maxima, maxima + blocks, order);
+  std::nth_element(order, order + (count - 1), order + blocks, std::greater<float>());
+  return order[count - 1];
+}
+
+// Calls take(value, index) with each finite value of at least `floor`, in order.
+template <class Take>
+void ForEachAtLeast(std::span<const float> row, float floor, const float* maxima, Take take) {
+  for (int64_t b = 0; b < RowBlocks(row); ++b) {
     if (maxima[b] < floor || maxima[b] == kNoLogit) continue;
     float x[kRowBlock];
     LoadBlock(row, b, x);
     for (int i = 0; i < kRowBlock; ++i) {
-      if (x[i] >= floor && x[i] != kNoLogit) {
-        out->emplace_back(x[i], static_cast<int32_t>(b * kRowBlock + i));
-      }
+      if (x[i] >= floor && x[i] != kNoLogit) take(x[i], static_cast<int32_t>(b * kRowBlock + i));
     }
   }
+}
+
+}  // namespace
+
+float RowNth(std::span<const float> row, int64_t count, float* scratch) {
+  if (count <= 0) return kNoLogit;
+  float* maxima = scratch;
+  float* values = maxima + 2 * RowBlocks(row);
+  const float floor = FloorOfTop(row, count, maxima);
+  float* end = values;
+  ForEachAtLeast(row, floor, maxima, [&](float value, int32_t) { *end++ = value; });
+  if (end - values < count) return kNoLogit;
+  std::nth_element(values, values + (count - 1), end, std::greater<float>());
+  return values[count - 1];
+}
+
+void RowTop(std::span<const float> row, int64_t count,
+            std::vector<std::pair<float, int32_t>>* out) {
+  out->clear();
+  if (count <= 0) return;
+  std::vector<float> maxima(2 * RowBlocks(row));
+  const float floor = FloorOfTop(row, count, maxima.data());
+  ForEachAtLeast(row, floor, maxima.data(),
+                 [&](float value, int32_t index) { out->emplace_back(value, index); });
   if (static_cast<int64_t>(out->size()) <= count) return;
   std::nth_element(out->begin(), out->begin() + (count - 1), out->end(), MoreLikely);
   const float last = (*out)[count - 1].first;

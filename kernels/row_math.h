@@ -32,6 +32,9 @@ std::pair<float, int32_t> RowMax(std::span<const float> row);
 double RowSum(std::span<const float> row, float highest, float scale);
 // How many values come before (x, index): larger, or equal with a smaller index.
 int32_t RowRank(std::span<const float> row, int32_t index);
+// The count-th largest finite value; -infinity when there are fewer. scratch: [row.size() + 2 *
+// RowBlocks(row)].
+float RowNth(std::span<const float> row, int64_t count, float* scratch);
 // Appends to *out (cleared first) every finite value that is at least the count-th largest, in no
 // order.
 void RowTop(std::span<const float> row, int64_t count, std::vector<std::pair<float, int32_t>>* out);

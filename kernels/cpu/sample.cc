@@ -4,7 +4,6 @@
 #include <cmath>
 #include <span>
 #include <utility>
-#include <vector>
 
 #include "kernels/cpu/context.h"
 #include "kernels/cpu/ops_cpu.h"
@@ -60,11 +59,32 @@ int32_t SmallestAllowed(Edits edits, int32_t vocab) {
   return id;
 }
 
-// Draws one token from one row. Keeps scratch between draws.
+constexpr int kBins = 2048;  // of top-p's masses
+
+// Of one thread, in its scratch.
+struct Memory {
+  using Candidate = std::pair<float, int32_t>;
+  double* sums;           // [at least kBins and a row's blocks]
+  Candidate* candidates;  // [vocab]
+  float* values;          // [vocab + 2 * a row's blocks]
+  float* edited;          // [vocab]
+
+  Memory(BackendContext& context, int thread, Row row) {
+    const size_t blocks = RowBlocks(row), all_sums = std::max<size_t>(kBins, blocks);
+    sums = reinterpret_cast<double*>(
+        context.Scratch(thread, all_sums * sizeof(double) + row.size() * sizeof(Candidate) +
+                                    (2 * row.size() + 2 * blocks) * sizeof(float)));
+    candidates = reinterpret_cast<Candidate*>(sums + all_sums);
+    values = reinterpret_cast<float*>(candidates + row.size());
+    edited = values + row.size() + 2 * blocks;
+  }
+};
+
+// Draws one token from one row.
 class Drawer {
  public:
-  Drawer(Row row, const Draw& draw, std::vector<double>& sums)
-      : row_(row), draw_(draw), sums_(sums) {}
+  Drawer(Row row, const Draw& draw, const Memory& memory)
+      : row_(row), draw_(draw), memory_(memory) {}
 
   // -1 when no logit is finite.
   int32_t Token() {
@@ -79,10 +99,7 @@ class Drawer {
   void FindCut() {
     cut_.value = static_cast<float>(highest_ + draw_.min_p_margin);
     if (draw_.top_k > 0 && draw_.top_k < static_cast<int64_t>(row_.size())) {
-      RowTop(row_, draw_.top_k, &sorted_);
-      if (static_cast<int64_t>(sorted_.size()) >= draw_.top_k) {
-        cut_.value = std::max(cut_.value, std::min_element(sorted_.begin(), sorted_.end())->first);
-      }
+      cut_.value = std::max(cut_.value, RowNth(row_, draw_.top_k, memory_.values));
     }
     if (draw_.top_p < 1) CutTopP();
   }
@@ -90,7 +107,6 @@ class Drawer {
   // Masses are gathered in bins of equal logit width, most likely first; only the bin in which the
   // sum reaches top_p is sorted.
   void CutTopP() {
-    constexpr int kBins = 2048;
     constexpr float kRange = 32;  // what is e^-32 times less likely than the best shares a bin
     const float inverse_temperature = draw_.inverse_temperature;
     const int64_t blocks = RowBlocks(row_);
@@ -109,32 +125,33 @@ class Drawer {
       return distance < kBins - 1 ? static_cast<int>(distance) : kBins - 1;
     };
 
-    sums_.assign(kBins, 0);
+    double* sums = memory_.sums;
+    std::fill(sums, sums + kBins, 0.0);
     for (int64_t b = 0; b < blocks; ++b) {
       LoadBlock(row_, b, x);
       if (BlockWeights(x, highest_, inverse_temperature, cut_.value, w) == 0) continue;
       for (int i = 0; i < kRowBlock; ++i) {
-        if (w[i] > 0) sums_[bin_of(x[i])] += w[i];
+        if (w[i] > 0) sums[bin_of(x[i])] += w[i];
       }
     }
     double total = 0;
-    for (const double sum : sums_) total += sum;
+    for (int bin = 0; bin < kBins; ++bin) total += sums[bin];
 
     const double top_p = draw_.top_p;
     double above = 0;
     int border = 0;
-    while (border < kBins - 1 && above + sums_[border] < top_p * total) above += sums_[border++];
-    sorted_.clear();
+    while (border < kBins - 1 && above + sums[border] < top_p * total) above += sums[border++];
+    Memory::Candidate *candidates = memory_.candidates, *end = candidates;
     for (int64_t b = 0; b < blocks; ++b) {
       LoadBlock(row_, b, x);
       for (int i = 0; i < kRowBlock; ++i) {
         if (x[i] >= cut_.value && x[i] != kNoLogit && bin_of(x[i]) == border) {
-          sorted_.emplace_back(x[i], static_cast<int32_t>(b * kRowBlock + i));
+          *end++ = {x[i], static_cast<int32_t>(b * kRowBlock + i)};
         }
       }
     }
-    std::sort(sorted_.begin(), sorted_.end(), MoreLikely);
-    for (const auto& [value, id] : sorted_) {
+    std::sort(candidates, end, MoreLikely);
+    for (const auto& [value, id] : std::span(candidates, end)) {
       cut_ = {value, id};
       above += std::exp(static_cast<double>(value - highest_) * inverse_temperature);
       if (above >= top_p * total) break;
@@ -160,15 +177,15 @@ class Drawer {
   int32_t Walk() {
     const int64_t blocks = RowBlocks(row_);
     float w[kRowBlock];
-    sums_.resize(blocks);
+    double* sums = memory_.sums;
     double total = 0;
-    for (int64_t b = 0; b < blocks; ++b) total += sums_[b] = Weigh(b, w);
+    for (int64_t b = 0; b < blocks; ++b) total += sums[b] = Weigh(b, w);
 
     double left = draw_.uniform * total;
     int64_t block = 0, last = 0;  // last: the last block with mass, should rounding walk past it
-    for (; block < blocks && left >= sums_[block]; ++block) {
-      left -= sums_[block];
-      if (sums_[block] > 0) last = block;
+    for (; block < blocks && left >= sums[block]; ++block) {
+      left -= sums[block];
+      if (sums[block] > 0) last = block;
     }
     if (block == blocks) block = last;
     Weigh(block, w);
@@ -186,8 +203,7 @@ class Drawer {
   const Draw& draw_;
   float highest_ = kNoLogit;
   Cut cut_;
-  std::vector<double>& sums_;
-  std::vector<std::pair<float, int32_t>> sorted_;
+  const Memory& memory_;
 };
 
 }  // namespace
@@ -195,18 +211,17 @@ class Drawer {
 void Sample(BackendContext& context, const SampleArgs& a) {
   const size_t vocab = a.logits.shape[1];
   context.team.For(a.tokens.shape[0], 1, [&](int64_t begin, int64_t end, int thread) {
-    std::vector<double> sums;
     for (int64_t i = begin; i < end; ++i) {
       const Draw& draw = a.draws[i];
       const Edits edits(a.edits + draw.edit_begin, draw.edit_end - draw.edit_begin);
       Row row(a.logits.as<float>() + draw.row * a.logits.stride[0], vocab);
+      const Memory memory(context, thread, row);
       if (!edits.empty()) {
-        auto* edited = reinterpret_cast<float*>(context.Scratch(thread, vocab * sizeof(float)));
-        std::copy(row.begin(), row.end(), edited);
-        for (const LogitEdit& edit : edits) Apply(edit, draw, edited[edit.token]);
-        row = {edited, vocab};
+        std::copy(row.begin(), row.end(), memory.edited);
+        for (const LogitEdit& edit : edits) Apply(edit, draw, memory.edited[edit.token]);
+        row = {memory.edited, vocab};
       }
-      const int32_t token = Drawer(row, draw, sums).Token();
+      const int32_t token = Drawer(row, draw, memory).Token();
       a.tokens.as<int32_t>()[i] =
           token >= 0 ? token : SmallestAllowed(edits, static_cast<int32_t>(vocab));
     }
