@@ -20,7 +20,9 @@ OpTable CpuOps() {
   OpTable table;
 #define LONGSPAN_CPU_OP(name)                                                 \
   table.name.function = [](BackendContext& context, const name##Args& args) { \
-    cpu::name(static_cast<cpu::BackendContext&>(context), args);              \
+    auto& own = static_cast<cpu::BackendContext&>(context);                   \
+    cpu::name(own, args);                                                     \
+    own.LevelScratch();                                                       \
   };
   LONGSPAN_OPS(LONGSPAN_CPU_OP)
 #undef LONGSPAN_CPU_OP

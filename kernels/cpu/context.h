@@ -17,8 +17,11 @@ struct BackendContext : longspan::BackendContext {
   // At least `bytes` of 64-byte-aligned memory for thread `thread`; contents are undefined and the
   // pointer holds until that thread's next call.
   std::byte* Scratch(int thread, size_t bytes);
-  // The same, one area shared by all threads, for what they prepare together (quantised
-  // activations). Call it from the thread that issues the op, before the team runs.
+  // Gives every thread as much as the one that has most, so that it does not matter later which
+  // thread does what. Call it from the thread that issues ops, between ops.
+  void LevelScratch();
+  // The same as Scratch(), one area shared by all threads, for what they prepare together
+  // (quantised activations). Call it from the thread that issues the op, before the team runs.
   std::byte* SharedScratch(size_t bytes);
 
   ThreadTeam team;
@@ -31,6 +34,7 @@ struct BackendContext : longspan::BackendContext {
     size_t bytes = 0;
   };
   static std::byte* Grow(Area& area, size_t bytes);
+  static void Allocate(Area& area, size_t bytes);
 
   std::vector<Area> scratch_;
   Area shared_;

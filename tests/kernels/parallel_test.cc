@@ -152,5 +152,17 @@ TEST(BackendContext, GrowsScratchAndKeepsItAligned) {
   EXPECT_NE(context.SharedScratch(1 << 16), nullptr);
 }
 
+TEST(BackendContext, GivesEveryThreadTheScratchThatOneNeeded) {
+  cpu::BackendContext context(3, Simd::kPortable);
+  const std::byte* large = context.Scratch(1, 1 << 20);
+  context.Scratch(2, (1 << 20) - 1);
+  for (int i = 0; i < 2; ++i) context.LevelScratch();
+  EXPECT_EQ(context.Scratch(1, 1 << 20), large);
+  for (int thread : {0, 2}) {
+    const std::byte* small = context.Scratch(thread, 1);
+    EXPECT_EQ(context.Scratch(thread, 1 << 20), small);  // nothing moves
+  }
+}
+
 }  // namespace
 }  // namespace longspan
