@@ -120,17 +120,17 @@ SequenceId KvCache::Open() {
   return id;
 }
 
-std::vector<int64_t> KvCache::NewPages(SequenceId sequence, int64_t tokens) const {
+KvCache::PagesByKind KvCache::NewPages(SequenceId sequence, int64_t tokens) const {
   CHECK(sequences_[sequence].open);
   CHECK_LE(tokens, max_context_);
-  std::vector<int64_t> pages;
-  for (const PageTable* kind : kinds_) {
-    pages.push_back(kind->NewPages(sequence, sequences_[sequence].committed, tokens));
+  PagesByKind pages = {};
+  for (size_t k = 0; k < kinds_.size(); ++k) {
+    pages[k] = kinds_[k]->NewPages(sequence, sequences_[sequence].committed, tokens);
   }
   return pages;
 }
 
-bool KvCache::Fits(const std::vector<int64_t>& new_pages) const {
+bool KvCache::Fits(const PagesByKind& new_pages) const {
   int64_t superblocks = 0;
   for (size_t k = 0; k < kinds_.size(); ++k) {
     const PagePool& pool = kinds_[k]->pool();
@@ -145,7 +145,7 @@ bool KvCache::CanReserve(SequenceId sequence, int64_t tokens) const {
 }
 
 bool KvCache::Reserve(SequenceId sequence, int64_t tokens) {
-  const std::vector<int64_t> new_pages = NewPages(sequence, tokens);
+  const PagesByKind new_pages = NewPages(sequence, tokens);
   if (!Fits(new_pages)) return false;
   MakeRoom(new_pages);
   Sequence& s = sequences_[sequence];
@@ -155,7 +155,7 @@ bool KvCache::Reserve(SequenceId sequence, int64_t tokens) {
   return true;
 }
 
-void KvCache::MakeRoom(const std::vector<int64_t>& new_pages) {
+void KvCache::MakeRoom(const PagesByKind& new_pages) {
   for (;;) {
     int needed = 0;
     PageTable* sparse = nullptr;

@@ -6,6 +6,7 @@
 // heads and sizes.
 //
 // Engine thread only, except Usage() and the closed form, which are safe from any thread.
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -123,13 +124,14 @@ class KvCache {
     int64_t committed = 0;
     int64_t reserved = 0;  // positions that have room, >= committed
   };
+  using PagesByKind = std::array<int64_t, 2>;  // as kinds_
 
   KvCache(Backend& backend, Arena arena, const CacheNumbers& numbers, const ModelSpec& spec,
           DType cache_dtype, int max_sequences, int max_context);
   void LayOut(const ModelSpec& spec, DType cache_dtype);
-  bool Fits(const std::vector<int64_t>& new_pages) const;
-  std::vector<int64_t> NewPages(SequenceId sequence, int64_t tokens) const;
-  void MakeRoom(const std::vector<int64_t>& new_pages);
+  bool Fits(const PagesByKind& new_pages) const;
+  PagesByKind NewPages(SequenceId sequence, int64_t tokens) const;
+  void MakeRoom(const PagesByKind& new_pages);
   CacheUsage CountUsage() const;
   void PublishUsage();
   absl::Status CheckReferences(const PageTable& table) const;

@@ -15,6 +15,11 @@ PagePool::PagePool(Arena* arena, int64_t page_bytes)
       superblocks_(arena->total()) {
   CHECK_EQ(page_bytes % kPageUnitBytes, 0);
   CHECK_GE(pages_per_superblock_, 1);
+  partly_free_.reserve(superblocks_.size());
+  for (Superblock& superblock : superblocks_) {
+    superblock.references.reserve(pages_per_superblock_);
+    superblock.free.reserve(pages_per_superblock_);
+  }
 }
 
 int PagePool::available() const {
@@ -135,7 +140,9 @@ void PagePool::UnmarkPartlyFree(int superblock) {
 }
 
 void PagePool::GiveBack(int superblock) {
-  superblocks_[superblock] = Superblock();
+  superblocks_[superblock].references.clear();
+  superblocks_[superblock].free.clear();
+  superblocks_[superblock].leased = false;
   arena_->Return(superblock);
   --leased_;
 }

@@ -17,7 +17,9 @@ PageTable::PageTable(Backend& backend, Arena* arena, int64_t page_bytes, int slo
       tables_(max_sequences),
       waste_{{arena->WastePage()}, 0},
       device_(backend.Allocate(sizeof(int32_t) * slots * max_sequences)),
-      uploaded_(max_sequences) {}
+      uploaded_(max_sequences) {
+  for (Table& table : tables_) table.pages.reserve(slots);
+}
 
 bool PageTable::SharedAt(const Table& table, int slot) const {
   return slot < static_cast<int>(table.pages.size()) && pool_.References(table.pages[slot]) > 1;
@@ -26,14 +28,14 @@ bool PageTable::SharedAt(const Table& table, int slot) const {
 int64_t PageTable::NewPages(SequenceId sequence, int64_t begin, int64_t end) const {
   const Table& table = tables_[sequence];
   int64_t pages = std::max<int64_t>(0, PagesFor(end) - static_cast<int64_t>(table.pages.size()));
-  for (const Write& write : WritesOf(begin, end)) pages += SharedAt(table, write.slot);
+  ForEachWrite(begin, end, [&](Write write) { pages += SharedAt(table, write.slot); });
   return pages;
 }
 
 void PageTable::Prepare(SequenceId sequence, int64_t begin, int64_t end) {
   Table& table = tables_[sequence];
-  for (const Write& write : WritesOf(begin, end)) {
-    if (!SharedAt(table, write.slot)) continue;
+  ForEachWrite(begin, end, [&](Write write) {
+    if (!SharedAt(table, write.slot)) return;
     const int32_t shared = table.pages[write.slot];
     const int32_t own = pool_.Take();
     CHECK_GE(own, 0);
@@ -41,7 +43,7 @@ void PageTable::Prepare(SequenceId sequence, int64_t begin, int64_t end) {
     pool_.Unref(shared);
     table.pages[write.slot] = own;
     table.version = ++versions_;
-  }
+  });
   while (static_cast<int>(table.pages.size()) < PagesFor(end)) {
     const int32_t page = pool_.Take();
     CHECK_GE(page, 0);

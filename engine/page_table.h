@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "absl/container/inlined_vector.h"
+#include "absl/functional/function_ref.h"
 #include "absl/types/span.h"
 #include "engine/page_pool.h"
 #include "kernels/backend.h"
@@ -49,10 +49,12 @@ class PageTable {
     int slot;
     bool kept;
   };
-  using Writes = absl::InlinedVector<Write, 8>;
 
   PageTable(Backend& backend, Arena* arena, int64_t page_bytes, int slots, int max_sequences);
-  virtual Writes WritesOf(int64_t begin, int64_t end) const = 0;
+  // Calls visit with each slot that a step which computes [begin, end) writes, of those whose pages
+  // can be shared.
+  virtual void ForEachWrite(int64_t begin, int64_t end,
+                            absl::FunctionRef<void(Write)> visit) const = 0;
 
  private:
   friend class CacheTestPeer;

@@ -12,10 +12,11 @@ int PagedCache::PagesFor(int64_t tokens) const {
   return static_cast<int>((tokens + page_tokens_ - 1) / page_tokens_);
 }
 
-PageTable::Writes PagedCache::WritesOf(int64_t begin, int64_t end) const {
+void PagedCache::ForEachWrite(int64_t begin, int64_t end,
+                              absl::FunctionRef<void(Write)> visit) const {
   // Only a page that other sequences read can be shared, and of those only the last is written.
-  if (begin >= end || begin % page_tokens_ == 0) return {};
-  return {Write{static_cast<int>(begin / page_tokens_), /*kept=*/true}};
+  if (begin >= end || begin % page_tokens_ == 0) return;
+  visit({static_cast<int>(begin / page_tokens_), /*kept=*/true});
 }
 
 }  // namespace longspan

@@ -19,9 +19,9 @@ int RingCache::PagesFor(int64_t tokens) const {
   return static_cast<int>(std::min<int64_t>(pages, slots()));
 }
 
-PageTable::Writes RingCache::WritesOf(int64_t begin, int64_t end) const {
-  Writes writes;
-  if (begin >= end) return writes;
+void RingCache::ForEachWrite(int64_t begin, int64_t end,
+                             absl::FunctionRef<void(Write)> visit) const {
+  if (begin >= end) return;
   const int64_t newest = (begin - 1) / page_tokens_;  // page of the last cached position
   const int64_t first = std::max(begin, end - window_) / page_tokens_;
   for (int64_t page = first; page <= (end - 1) / page_tokens_; ++page) {
@@ -30,9 +30,8 @@ PageTable::Writes RingCache::WritesOf(int64_t begin, int64_t end) const {
     // positions after begin - W; if none of those is here, the page is only overwritten.
     const int64_t held = newest - (newest - slot + slots()) % slots();
     const int64_t last_held = std::min((held + 1) * page_tokens_, begin) - 1;
-    writes.push_back({slot, /*kept=*/begin > 0 && held >= 0 && last_held > begin - window_});
+    visit({slot, /*kept=*/begin > 0 && held >= 0 && last_held > begin - window_});
   }
-  return writes;
 }
 
 }  // namespace longspan

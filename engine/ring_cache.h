@@ -18,7 +18,8 @@ class RingCache : public PageTable {
   int PagesFor(int64_t tokens) const override;
 
  private:
-  Writes WritesOf(int64_t begin, int64_t end) const override;
+  void ForEachWrite(int64_t begin, int64_t end,
+                    absl::FunctionRef<void(Write)> visit) const override;
   int page_tokens_;
   int window_;
 };
