@@ -13,6 +13,13 @@ int Batch::tokens() const {
   return sum;
 }
 
+void Batch::Clear() {
+  expired.clear();
+  preempted.clear();
+  admitted.clear();
+  items.clear();
+}
+
 bool Scheduler::Precedes::operator()(const Entry* a, const Entry* b) const {
   if (a->priority != b->priority) return a->priority > b->priority;
   if (a->arrival != b->arrival) return a->arrival < b->arrival;
@@ -62,26 +69,27 @@ bool Scheduler::AddRunning(const SequenceState& sequence) {
   return true;
 }
 
-Batch Scheduler::Next(absl::Time now) {
+const Batch& Scheduler::Next(absl::Time now) {
   ++step_;
-  Batch batch;
-  Expire(now, &batch);
-  Admit(&batch);
-  FitIntoCache(SpendBudget(), &batch);
-  if (batch.items.empty() && !running_.empty()) {
+  batch_.Clear();
+  Expire(now);
+  Admit();
+  SpendBudget();
+  FitIntoCache();
+  if (batch_.items.empty() && !running_.empty()) {
     // All whose turn it was wait for pages that others hold; the first in precedence need not wait.
     Entry* first = running_.front();
-    FitIntoCache(
-        {{first, static_cast<int>(std::min<int64_t>(first->needed(), limits_.max_batched_tokens))}},
-        &batch);
+    const int64_t count = std::min<int64_t>(first->needed(), limits_.max_batched_tokens);
+    candidates_.assign({{first, static_cast<int>(count)}});
+    FitIntoCache();
   }
-  return batch;
+  return batch_;
 }
 
-void Scheduler::Expire(absl::Time now, Batch* batch) {
+void Scheduler::Expire(absl::Time now) {
   while (!deadlines_.empty() && deadlines_.begin()->first <= now) {
     const Ticket ticket = deadlines_.begin()->second;
-    batch->expired.push_back(ticket);
+    batch_.expired.push_back(ticket);
     Remove(ticket);
   }
 }
@@ -89,15 +97,15 @@ void Scheduler::Expire(absl::Time now, Batch* batch) {
 // The queue's first is admitted only into a step that has budget for it; when that is so, all that
 // is known of the running sequences fits together, so that FitIntoCache() preempts nothing in such
 // a step.
-void Scheduler::Admit(Batch* batch) {
+void Scheduler::Admit() {
   while (!queue_.empty()) {
     Entry* waiting = *queue_.begin();
     if (PrefillBudgetAheadOf(*waiting) <= 0) return;
     const int displaced = SequencesToDisplaceFor(*waiting);
     if (displaced < 0) return;
-    for (int i = 0; i < displaced; ++i) Preempt(running_.back(), batch);
+    for (int i = 0; i < displaced; ++i) Preempt(running_.back());
     Start(waiting);
-    batch->admitted.push_back(waiting->ticket);
+    batch_.admitted.push_back(waiting->ticket);
   }
 }
 
@@ -129,54 +137,57 @@ int Scheduler::SequencesToDisplaceFor(const Entry& waiting) const {
   }
 }
 
-// Who takes part in the step, by the token budget alone.
-std::vector<Scheduler::Candidate> Scheduler::SpendBudget() const {
-  std::vector<Candidate> decodes, prefills;
+// Who takes part in the step, by the token budget alone, in precedence order.
+void Scheduler::SpendBudget() {
+  decodes_.clear();
+  prefills_.clear();
   for (Entry* entry : running_) {
-    if (entry->needed() == 1) decodes.push_back({entry, 1});
-    if (entry->needed() > 1) prefills.push_back({entry, 0});
+    if (entry->needed() == 1) decodes_.push_back({entry, 1});
+    if (entry->needed() > 1) prefills_.push_back({entry, 0});
   }
-  std::stable_sort(decodes.begin(), decodes.end(), [](const Candidate& a, const Candidate& b) {
+  std::sort(decodes_.begin(), decodes_.end(), [](const Candidate& a, const Candidate& b) {
     if (a.entry->priority != b.entry->priority) return a.entry->priority > b.entry->priority;
-    return a.entry->considered < b.entry->considered;
+    if (a.entry->considered != b.entry->considered) {
+      return a.entry->considered < b.entry->considered;
+    }
+    return Precedes()(a.entry, b.entry);
   });
   int64_t left = limits_.max_batched_tokens;
   const int64_t first_decodes =
-      std::min<int64_t>(decodes.size(), DecodeBudget(/*prefill_waits=*/!prefills.empty()));
+      std::min<int64_t>(decodes_.size(), DecodeBudget(/*prefill_waits=*/!prefills_.empty()));
   left -= first_decodes;
-  for (Candidate& prefill : prefills) {
+  for (Candidate& prefill : prefills_) {
     prefill.count = static_cast<int>(std::min(left, prefill.entry->needed()));
     left -= prefill.count;
   }
-  decodes.resize(std::min<int64_t>(decodes.size(), first_decodes + left));
+  decodes_.resize(std::min<int64_t>(decodes_.size(), first_decodes + left));
 
-  std::vector<Candidate> chosen = std::move(decodes);
-  for (const Candidate& prefill : prefills) {
-    if (prefill.count > 0) chosen.push_back(prefill);
+  candidates_.assign(decodes_.begin(), decodes_.end());
+  for (const Candidate& prefill : prefills_) {
+    if (prefill.count > 0) candidates_.push_back(prefill);
   }
-  std::sort(chosen.begin(), chosen.end(),
+  std::sort(candidates_.begin(), candidates_.end(),
             [](const Candidate& a, const Candidate& b) { return Precedes()(a.entry, b.entry); });
-  return chosen;
 }
 
 // Gives pages in precedence order. A prefill chunk shrinks to what fits; if not one token fits, the
 // last in precedence gives way; the last itself waits, with its pages, until it must give way.
-void Scheduler::FitIntoCache(const std::vector<Candidate>& candidates, Batch* batch) {
+void Scheduler::FitIntoCache() {
   CacheDemand held;
   for (const Entry* entry : running_) held += DemandOf(cache_.shape, entry->computed);
-  for (const auto& [entry, wanted] : candidates) {
+  for (const auto& [entry, wanted] : candidates_) {
     if (!entry->running) continue;  // gave way to an earlier one
     entry->considered = step_;
     CacheDemand others = held;
     others -= DemandOf(cache_.shape, entry->computed);
     while (FittingTokens(*entry, wanted, others) == 0 && running_.back() != entry) {
       others -= DemandOf(cache_.shape, running_.back()->computed);
-      Preempt(running_.back(), batch);
+      Preempt(running_.back());
     }
     const int count = FittingTokens(*entry, wanted, others);
     held = others;
     held += DemandOf(cache_.shape, entry->computed + count);
-    if (count > 0) batch->items.push_back({entry->ticket, entry->computed, count});
+    if (count > 0) batch_.items.push_back({entry->ticket, entry->computed, count});
   }
 }
 
@@ -259,11 +270,11 @@ void Scheduler::Run(Entry* entry) {
   running_.insert(std::upper_bound(running_.begin(), running_.end(), entry, Precedes()), entry);
 }
 
-void Scheduler::Preempt(Entry* entry, Batch* batch) {
+void Scheduler::Preempt(Entry* entry) {
   CHECK(running_.back() == entry);
   running_.pop_back();
   entry->computed = 0;
-  batch->preempted.push_back(entry->ticket);
+  batch_.preempted.push_back(entry->ticket);
   Enqueue(entry);
 }
 

@@ -68,6 +68,7 @@ struct Batch {
   std::vector<Ticket> admitted;   // from queue to running, before the step
   std::vector<BatchItem> items;   // in precedence order; a ticket at most once
   int tokens() const;
+  void Clear();
 };
 
 class Scheduler {
@@ -82,8 +83,9 @@ class Scheduler {
   bool AddRunning(const SequenceState& sequence);
   // The next step. KvCache::Reserve grants every item of it, provided that the cache was created
   // with the same numbers, holds only these sequences, and each has just its computed tokens. Has
-  // items whenever a sequence is queued or running that still needs tokens.
-  Batch Next(absl::Time now);
+  // items whenever a sequence is queued or running that still needs tokens. Valid until the next
+  // call.
+  const Batch& Next(absl::Time now);
   // After the step: `item`'s positions are cached; `appended` tokens were sampled (0 or 1). Ignored
   // for a ticket that was removed meanwhile.
   void Commit(const BatchItem& item, int appended);
@@ -108,12 +110,12 @@ class Scheduler {
     int count;
   };
 
-  void Expire(absl::Time now, Batch* batch);
-  void Admit(Batch* batch);
+  void Expire(absl::Time now);
+  void Admit();
   int PrefillBudgetAheadOf(const Entry& waiting) const;
   int SequencesToDisplaceFor(const Entry& waiting) const;
-  std::vector<Candidate> SpendBudget() const;
-  void FitIntoCache(const std::vector<Candidate>& candidates, Batch* batch);
+  void SpendBudget();
+  void FitIntoCache();
   int FittingTokens(const Entry& entry, int wanted, const CacheDemand& others) const;
 
   int DecodeBudget(bool prefill_waits) const;
@@ -122,7 +124,7 @@ class Scheduler {
   void Enqueue(Entry* entry);
   void Start(Entry* entry);
   void Run(Entry* entry);
-  void Preempt(Entry* entry, Batch* batch);
+  void Preempt(Entry* entry);
   void Forget(Entry* entry);
 
   const SchedulerLimits limits_;
@@ -133,6 +135,9 @@ class Scheduler {
   std::set<std::pair<absl::Time, Ticket>> deadlines_;  // the finite ones
   int64_t queued_tokens_ = 0;
   uint64_t step_ = 0;
+  // Of a step; members so that they keep their memory.
+  Batch batch_;
+  std::vector<Candidate> decodes_, prefills_, candidates_;
 };
 
 }  // namespace longspan
