@@ -69,9 +69,8 @@ struct Engine::Impl {
   void Execute(const Batch& batch);
   bool Failed();
   bool DueForSpans(const Batch& batch);
-  std::vector<StageItem> Plan(const Batch& batch, bool sample_spans);
-  std::vector<Drawn> DrawTokens(const Batch& batch, const StagedStep& staged, const View& logits,
-                                std::vector<size_t>* first_draw);
+  void Plan(const Batch& batch, bool sample_spans);
+  void DrawTokens(const Batch& batch, const StagedStep& staged, const View& logits);
   TokenLogprob LogprobAt(const View& logits, int row, int32_t token, int top);
   void ReadPromptLogprobs(const BatchItem& item, Active& active, int first_row);
   void Advance(Active& active, Sequence& sequence, absl::Span<Drawn> drawn,
@@ -124,7 +123,11 @@ struct Engine::Impl {
   EngineStats local;            // published under mu after each step
   int left_queue_requests = 0;  // since the last Publish()
   int64_t left_queue_tokens = 0;
-  DrawList draws;                         // of the step
+  // Of a step; members so that they keep their memory.
+  std::vector<StageItem> plan;            // by item, and rows of none
+  DrawList draws;                         // and edits
+  std::vector<size_t> first_draw;         // by item
+  std::vector<Drawn> drawn;               // by draw
   std::vector<Observation> observations;  // that AddSpans() has not added yet
   std::vector<float> logit_row;
 

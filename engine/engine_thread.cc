@@ -204,7 +204,7 @@ bool Engine::Impl::ForkChoice(Active& active, int index, const Sequence& first) 
 // --- A step ---
 
 bool Engine::Impl::RunStep() {
-  const Batch batch = scheduler.Next(absl::Now());
+  const Batch& batch = scheduler.Next(absl::Now());
   for (Ticket ticket : batch.expired) {
     const auto it = owners.find(ticket);
     if (it == owners.end()) continue;  // another choice of its request expired before
@@ -238,9 +238,9 @@ bool Engine::Impl::RunStep() {
 void Engine::Impl::Execute(const Batch& batch) {
   const absl::Time begin = absl::Now();
   const bool sample_spans = DueForSpans(batch);
-  std::vector<StageItem> plan = Plan(batch, sample_spans);
+  Plan(batch, sample_spans);
   if (!backend.host_memory()) FillUp(MostDecoding(), &plan);
-  const StagedStep staged = stager.Stage(plan, *cache);
+  const StagedStep& staged = stager.Stage(plan, *cache);
   const View logits = model.Forward(staged.step);
   AddSpans();  // of the step before, while the device is at this one
   ++local.steps;
@@ -255,8 +255,7 @@ void Engine::Impl::Execute(const Batch& batch) {
     (ReadsPrompt(item, *sequence) ? report.prefill_tokens : report.decode_tokens) += item.count;
     reads_prompt_rows |= active->request.output.prompt_logprobs.has_value() && !active->prompt_done;
   }
-  std::vector<size_t> first_draw;
-  std::vector<Drawn> drawn = DrawTokens(batch, staged, logits, &first_draw);
+  DrawTokens(batch, staged, logits);
   if (Failed()) return;
   for (size_t i = 0; reads_prompt_rows && i < batch.items.size(); ++i) {
     Active& active = *OwnerOf(batch.items[i].ticket).active;
@@ -306,8 +305,8 @@ bool Engine::Impl::DueForSpans(const Batch& batch) {
   return draws && sampling_steps++ % static_cast<uint64_t>(options.span_every) == 0;
 }
 
-std::vector<StageItem> Engine::Impl::Plan(const Batch& batch, bool sample_spans) {
-  std::vector<StageItem> plan;
+void Engine::Impl::Plan(const Batch& batch, bool sample_spans) {
+  plan.clear();
   for (const BatchItem& item : batch.items) {
     const auto [active, sequence] = OwnerOf(item.ticket);
     CHECK(cache->Reserve(sequence->cache, item.begin + item.count)) << "ticket " << item.ticket;
@@ -321,16 +320,15 @@ std::vector<StageItem> Engine::Impl::Plan(const Batch& batch, bool sample_spans)
     staged.observe = probed || sample_spans || active->spans.has_value();
     if (probed) staged.probes = active->request.probes;
   }
-  return plan;
 }
 
 // The tokens of the step, before Model::Logits overwrites its logits. Item i's begin at
-// (*first_draw)[i]: one for each choice that a prompt's end begins, else one.
-std::vector<Drawn> Engine::Impl::DrawTokens(const Batch& batch, const StagedStep& staged,
-                                            const View& logits, std::vector<size_t>* first_draw) {
+// first_draw[i]: one for each choice that a prompt's end begins, else one.
+void Engine::Impl::DrawTokens(const Batch& batch, const StagedStep& staged, const View& logits) {
   draws.Clear();
+  first_draw.clear();
   for (size_t i = 0; i < batch.items.size(); ++i) {
-    first_draw->push_back(draws.draws.size());
+    first_draw.push_back(draws.draws.size());
     if (staged.logit_row[i] < 0) continue;
     const auto [active, sequence] = OwnerOf(batch.items[i].ticket);
     sequence->AddDraw(staged.logit_row[i], sequence->index(), &draws);
@@ -338,20 +336,18 @@ std::vector<Drawn> Engine::Impl::DrawTokens(const Batch& batch, const StagedStep
       sequence->AddDraw(staged.logit_row[i], choice, &draws);
     }
   }
-  const std::vector<int32_t> tokens = drawer.Tokens(logits, draws);
-  std::vector<Drawn> drawn(tokens.size());
-  for (size_t d = 0; d < tokens.size(); ++d) drawn[d].token = tokens[d];
+  drawn.clear();
+  for (const int32_t token : drawer.Tokens(logits, draws)) drawn.emplace_back().token = token;
   for (size_t i = 0; i < batch.items.size() && backend.Fault().empty(); ++i) {
     const std::optional<int64_t> top =
         OwnerOf(batch.items[i].ticket).active->request.output.logprobs;
     if (!top.has_value()) continue;
-    const size_t end = i + 1 < batch.items.size() ? (*first_draw)[i + 1] : drawn.size();
-    for (size_t d = (*first_draw)[i]; d < end; ++d) {
+    const size_t end = i + 1 < batch.items.size() ? first_draw[i + 1] : drawn.size();
+    for (size_t d = first_draw[i]; d < end; ++d) {
       drawn[d].logprob =
           LogprobAt(logits, draws.draws[d].row, drawn[d].token, static_cast<int>(*top));
     }
   }
-  return drawn;
 }
 
 TokenLogprob Engine::Impl::LogprobAt(const View& logits, int row, int32_t token, int top) {

@@ -38,12 +38,17 @@ View Stager::Ints(size_t at, size_t count) const {
   return View::Vector(block_.data() + at, DType::kI32, static_cast<int64_t>(count));
 }
 
-StagedStep Stager::Stage(const std::vector<StageItem>& items, KvCache& cache) {
-  StagedStep staged;
-  std::vector<int32_t> tokens, positions, row_begin = {0}, start, logit_rows, span_rows,
-                                          probe_offsets = {0};
-  std::vector<ProbeRange> probes;
-  std::vector<SequenceId> sequences;
+const StagedStep& Stager::Stage(const std::vector<StageItem>& items, KvCache& cache) {
+  StagedStep& staged = staged_;
+  auto& [tokens, positions, row_begin, start, logit_rows, span_rows, probe_offsets, probes,
+         sequences] = lists_;
+  for (auto* list : {&tokens, &positions, &start, &logit_rows, &span_rows, &sequences,
+                     &staged.first_row, &staged.logit_row, &staged.observed}) {
+    list->clear();
+  }
+  probes.clear();
+  row_begin.assign(1, 0);
+  probe_offsets.assign(1, 0);
   for (const StageItem& item : items) {
     const int first = static_cast<int>(tokens.size());
     staged.first_row.push_back(first);
@@ -72,6 +77,7 @@ StagedStep Stager::Stage(const std::vector<StageItem>& items, KvCache& cache) {
   backend_.CopyIn(block_.data(), host_.data(), used_);
 
   Step& step = staged.step;
+  step = Step();
   step.tokens = Ints(tokens_at, tokens.size());
   step.positions = Ints(positions_at, positions.size());
   step.batch.sequences = static_cast<int>(items.size());

@@ -32,7 +32,8 @@ class Stager {
  public:
   Stager(Backend& backend, const Model& model, int max_sequences);
 
-  StagedStep Stage(const std::vector<StageItem>& items, KvCache& cache);
+  // Valid until the next call.
+  const StagedStep& Stage(const std::vector<StageItem>& items, KvCache& cache);
   // For Model::Logits: step rows [begin, begin + count).
   View RowRange(int begin, int count);
   // Of observed row `index` of the last step; call after Forward. They last until a later step's
@@ -49,6 +50,14 @@ class Stager {
 
   Backend& backend_;
   const Model& model_;
+  // Of a step; members so that they keep their memory.
+  struct Lists {
+    std::vector<int32_t> tokens, positions, row_begin, start, logit_rows, span_rows, probe_offsets;
+    std::vector<ProbeRange> probes;
+    std::vector<SequenceId> sequences;
+  };
+  Lists lists_;
+  StagedStep staged_;
   // All that a step reads, here and in the backend's memory: one copy a step.
   std::vector<std::byte> host_;
   Buffer block_;

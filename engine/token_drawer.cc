@@ -17,8 +17,8 @@ TokenDrawer::TokenDrawer(Backend& backend, size_t max_edits)
   tokens_ = backend.Allocate(kMaxDraws * sizeof(int32_t));
 }
 
-std::vector<int32_t> TokenDrawer::Tokens(const View& logits, const DrawList& list) {
-  std::vector<int32_t> tokens(list.draws.size());
+const std::vector<int32_t>& TokenDrawer::Tokens(const View& logits, const DrawList& list) {
+  drawn_.resize(list.draws.size());
   for (size_t begin = 0; begin < list.draws.size();) {
     const int32_t first_edit = list.draws[begin].edit_begin;
     size_t end = begin + 1;
@@ -26,10 +26,10 @@ std::vector<int32_t> TokenDrawer::Tokens(const View& logits, const DrawList& lis
            list.draws[end].edit_end - first_edit <= static_cast<int64_t>(max_edits_)) {
       ++end;
     }
-    Run(logits, list, begin, end, tokens.data() + begin);
+    Run(logits, list, begin, end, drawn_.data() + begin);
     begin = end;
   }
-  return tokens;
+  return drawn_;
 }
 
 void TokenDrawer::Run(const View& logits, const DrawList& list, size_t begin, size_t end,

@@ -14,8 +14,9 @@ class TokenDrawer {
   // max_edits: of one draw, at least.
   TokenDrawer(Backend& backend, size_t max_edits);
 
-  // The token of each draw from `logits` [rows, vocab]. Waits for the device.
-  std::vector<int32_t> Tokens(const View& logits, const DrawList& list);
+  // The token of each draw from `logits` [rows, vocab]. Waits for the device. Valid until the next
+  // call.
+  const std::vector<int32_t>& Tokens(const View& logits, const DrawList& list);
 
  private:
   // Draws [begin, end), whose edits together fit.
@@ -25,6 +26,7 @@ class TokenDrawer {
   const size_t max_edits_;  // of one run
   Buffer draws_, edits_, tokens_;
   std::vector<Draw> staged_;
+  std::vector<int32_t> drawn_;
 };
 
 }  // namespace longspan

@@ -4,6 +4,7 @@
 #include <array>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <utility>
 
 #include "absl/hash/hash.h"
@@ -301,7 +302,8 @@ View Model::Forward(const Step& step) {
   CHECK_LE(step.batch.rows, options_.max_rows);
   if (!OnlyDecodes(step)) return Issue(step);
   View logits;
-  backend_.Repeat(KeyOf(step, layers_.size()), [&] { logits = Issue(step); });
+  const auto issue = [&] { logits = Issue(step); };
+  backend_.Repeat(KeyOf(step, layers_.size()), std::ref(issue));  // a copy would be allocated
   return logits;
 }
 
