@@ -93,11 +93,11 @@ struct Event {
   Kind kind = Kind::kDelta;
 
   // kPrompt: once, first, when the prompt has been read (only if prompt_logprobs were asked for,
-  // they are in `logprobs`: entry i describes prompt token i; entry 0 is empty). kDelta: new tokens
-  // of choice `index`. `text` may lag behind `tokens` while a character or a possible stop string
-  // is incomplete.
+  // they are in `logprobs`: entry i describes prompt token i; entry 0 is empty). kDelta: the next
+  // token of choice `index`. `text` may lag behind `token` while a character or a possible stop
+  // string is incomplete.
   int index = 0;
-  std::vector<int32_t> tokens;
+  std::optional<int32_t> token;  // none: the sequence ended for an outside reason
   std::string text;
   std::vector<TokenLogprob> logprobs;
   FinishReason finish = FinishReason::kNone;  // on this index's last delta

@@ -14,7 +14,7 @@ namespace longspan {
 
 // Token counts that penalties need, kept by the sequence.
 struct TokenHistory {
-  explicit TokenHistory(int vocab) : in_prompt(vocab), output_count(vocab) {}
+  explicit TokenHistory(int vocab) : in_prompt(vocab), output_count(vocab) { seen.reserve(vocab); }
   void AddPrompt(int32_t token);
   void AddOutput(int32_t token);
 

@@ -21,9 +21,10 @@ Sequence::Sequence(const Request& request, int index, uint64_t seed, const Token
       seed_(seed),
       vocab_(vocab),
       eos_(eos.begin(), eos.end()),
-      tokens_(request.prompt),
       stream_(tokenizer, request.output.skip_special_tokens),
       matcher_(request.stopping.stop, request.stopping.include_stop_in_output) {
+  tokens_.reserve(request.prompt.size() + request.stopping.max_tokens);
+  tokens_.assign(request.prompt.begin(), request.prompt.end());
   if (request.stopping.min_tokens > 0) {
     const auto& ids = request.stopping.stop_token_ids;
     banned_early_.assign(ids.begin(), ids.end());
@@ -61,7 +62,7 @@ Event Sequence::Next(Drawn drawn) {
   const StoppingParams& stopping = request_.stopping;
   Event event;
   event.index = index_;
-  event.tokens = {drawn.token};
+  event.token = drawn.token;
   if (drawn.logprob.has_value()) event.logprobs = {*std::move(drawn.logprob)};
   tokens_.push_back(drawn.token);
   if (history_ != nullptr) history_->AddOutput(drawn.token);

@@ -8,7 +8,6 @@
 #include "absl/container/flat_hash_map.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_replace.h"
 #include "kernels/check.h"
 #include "models/sentencepiece_bridge.h"
 #include "models/tokenizer_vocabulary.h"
@@ -21,6 +20,16 @@ constexpr absl::string_view kSpaceSymbol = "\xE2\x96\x81";  // U+2581 stands for
 constexpr absl::string_view kReplacement = "\xEF\xBF\xBD";  // U+FFFD
 
 std::string_view Std(absl::string_view text) { return {text.data(), text.size()}; }
+
+// absl::StrReplaceAll allocates a list of what it replaces; this is called for every token.
+std::string WithSpaces(std::string_view piece) {
+  std::string text;
+  for (size_t at; (at = piece.find(Std(kSpaceSymbol))) != std::string_view::npos;) {
+    text.append(piece.substr(0, at)).push_back(' ');
+    piece.remove_prefix(at + kSpaceSymbol.size());
+  }
+  return text.append(piece);
+}
 
 // Moves the well-formed characters of `bytes` to `out`, each stray byte as U+FFFD. Leaves what
 // further bytes may still complete, unless `final`.
@@ -170,7 +179,7 @@ std::string Tokenizer::Piece(int32_t id) const {
   if (piece.type == PieceType::kByte) {
     return std::string(1, static_cast<char>(std::stoi(piece.text.substr(3, 2), nullptr, 16)));
   }
-  return absl::StrReplaceAll(piece.text, {{kSpaceSymbol, " "}});
+  return WithSpaces(piece.text);
 }
 
 bool Tokenizer::IsSpecial(int32_t id) const {

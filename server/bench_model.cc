@@ -228,7 +228,7 @@ class OfflineBench::Sequence {
     absl::MutexLock lock(&mu_);
     if (event.kind == Event::Kind::kFinished) {
       status_ = std::move(event.status);
-    } else if (event.kind == Event::Kind::kDelta && !event.tokens.empty()) {
+    } else if (event.kind == Event::Kind::kDelta && event.token.has_value()) {
       if (tokens_ > 0) longest_gap_ = std::max(longest_gap_, now - last_);
       last_ = now;
       ++tokens_;

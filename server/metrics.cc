@@ -141,7 +141,7 @@ EventSink Metrics::Observe(EventSink sink) {
   };
   return [latencies = latencies_, state = State(), sink = std::move(sink)](Event event) mutable {
     const absl::Time now = absl::Now();
-    if (event.kind == Event::Kind::kDelta && !event.tokens.empty()) {
+    if (event.kind == Event::Kind::kDelta && event.token.has_value()) {
       if (state.last.empty()) {
         latencies->first_token.Observe(absl::ToDoubleSeconds(now - state.begin));
       }

@@ -189,9 +189,7 @@ void AppendDelta(const Event& event, const v1::OutputOptions& options, const Tok
   choice->set_index(event.index);
   if (!options.has_return_text() || options.return_text())
     choice->mutable_text()->append(event.text);
-  if (options.return_token_ids()) {
-    choice->mutable_token_ids()->Add(event.tokens.begin(), event.tokens.end());
-  }
+  if (options.return_token_ids() && event.token.has_value()) choice->add_token_ids(*event.token);
   for (const TokenLogprob& logprob : event.logprobs) {
     ToProto(logprob, tokenizer, choice->add_logprobs());
   }

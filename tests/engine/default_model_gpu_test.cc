@@ -248,7 +248,7 @@ TEST_F(DefaultModelOnGpu, ALongRequestOccupiesTheClosedFormToTheByte) {
   Client client(*served, 1);
   int tokens = 0;
   client.on_event = [&](const Event& event) {
-    if (event.kind != Event::Kind::kDelta || event.tokens.empty() || ++tokens == 1) return;
+    if (event.kind != Event::Kind::kDelta || !event.token.has_value() || ++tokens == 1) return;
     // As of the step before, which read the token before the last.
     const int64_t pages = (kPrompt + tokens - 2 + kPageTokens - 1) / kPageTokens;
     EXPECT_EQ(served->Stats().cache.used_bytes, (pages + kRingPages) * kPageBytes)

@@ -193,10 +193,10 @@ TEST_F(RequestConversion, DeltasOfOneChoiceAddUp) {
   options.set_return_token_ids(true);
   v1::Choice choice;
   Event event;
-  event.tokens = {300};
+  event.token = 300;
   event.text = "a";
   AppendDelta(event, options, *tokenizer_, &choice);
-  event.tokens = {301};
+  event.token = 301;
   event.text = "b";
   event.finish = FinishReason::kStop;
   event.stop_token = 2;

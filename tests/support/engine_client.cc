@@ -26,7 +26,7 @@ struct Client::State {
         CHECK_LT(event.index, static_cast<int>(outcome.choices.size()));
         Outcome::Choice& choice = outcome.choices[event.index];
         CHECK(choice.finish == FinishReason::kNone) << "a delta after the last";
-        choice.tokens.insert(choice.tokens.end(), event.tokens.begin(), event.tokens.end());
+        if (event.token.has_value()) choice.tokens.push_back(*event.token);
         choice.text += event.text;
         for (TokenLogprob& one : event.logprobs) choice.logprobs.push_back(std::move(one));
         choice.finish = event.finish;
