@@ -133,8 +133,9 @@ class Backend {
   }
 
   // The type that MatMul of `product` takes x as, whatever type x has now: F32, or BF16 where it
-  // would round an F32 x to that first. Then an op that makes x may write it so at once, to the
-  // same memory and with the same strides in elements, and the product is the same to the bit.
+  // would round an F32 x to that first, or I8 where it would quantise one. Then an op that makes x
+  // may write it so at once, to the same memory and with the same strides in elements, and the
+  // product is the same to the bit.
   virtual DType ProductInput([[maybe_unused]] const MatMulArgs& product) const {
     return DType::kF32;
   }

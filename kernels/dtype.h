@@ -7,7 +7,22 @@
 
 namespace longspan {
 
-enum class DType : uint8_t { kF32, kF16, kBF16, kI32, kQ8_0, kQ4_0, kQ5_0, kQ4_K, kQ5_K, kQ6_K };
+enum class DType : uint8_t {
+  kF32,
+  kF16,
+  kBF16,
+  kI32,
+  // Activations as a backend's products of block weights take them: 8-bit integers in groups of 32,
+  // with what it keeps beside them. Whole unstrided rows, made by one op and read by the product
+  // after it, which has the same rows; opaque to all others, in no more bytes than F32.
+  kI8,
+  kQ8_0,
+  kQ4_0,
+  kQ5_0,
+  kQ4_K,
+  kQ5_K,
+  kQ6_K,
+};
 inline constexpr DType kBlockTypes[] = {DType::kQ8_0, DType::kQ4_0, DType::kQ5_0,
                                         DType::kQ4_K, DType::kQ5_K, DType::kQ6_K};
 
@@ -27,6 +42,8 @@ constexpr DTypeInfo Info(DType type) {
       return {"BF16", 1, 2};
     case DType::kI32:
       return {"I32", 1, 4};
+    case DType::kI8:
+      return {"I8", 1, 4};
     case DType::kQ8_0:
       return {"Q8_0", 32, 34};
     case DType::kQ4_0:

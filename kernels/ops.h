@@ -8,8 +8,9 @@
 //    which chunk of its sequence the row arrived (bitwise on a CPU, and on a GPU with
 //    CudaOptions::deterministic);
 //  - sums are accumulated in fp32 or wider; activations are F32 unless an op says otherwise. An out
-//    that may be BF16 may be so where Backend::ProductInput asks for it, and is then the F32 result
-//    rounded to nearest even, but for what Attention says;
+//    that may be BF16 or I8 may be so where Backend::ProductInput asks for it, and is then the F32
+//    result rounded to nearest even, but for what Attention says, or as the product would have
+//    quantised it;
 //  - ops take effect in call order and never allocate memory that outlives the call.
 #include <cstdint>
 #include <string>
@@ -36,7 +37,7 @@ struct EmbedArgs {
 };
 
 // out = x / sqrt(mean(x^2) + eps) * weight, row by row. x: [rows, dim]; out: as x (may be x), or
-// BF16 elsewhere; weight: [dim] F32.
+// BF16 or I8 elsewhere; weight: [dim] F32.
 struct RmsNormArgs {
   View x, weight, out;
   float eps = 1e-6f;
@@ -44,17 +45,18 @@ struct RmsNormArgs {
 
 // What lies between two blocks of a model: residual += x, or += RmsNorm(x) where x_weight is given
 // (a post-norm); then, where weight is given, out = RmsNorm(residual) (the next block's pre-norm).
-// x, residual, out: [rows, dim], three memories, out F32 or BF16; x_weight, weight: [dim] F32, or
-// empty.
+// x, residual, out: [rows, dim], three memories, out F32, BF16 or I8; x_weight, weight: [dim] F32,
+// or empty.
 struct AddRmsNormArgs {
   View x, x_weight, residual, weight, out;
   float eps = 1e-6f;
 };
 
 // out = x · weightᵀ, the parts' columns side by side: out[:, 0:n0] from parts[0] and so on (q|k|v
-// and gate|up are products of one input). x: [rows, in] F32, or BF16 where Backend::ProductInput
-// says so; parts: [n_i, in] any weight dtype, as Backend::PlaceWeights gave them; out: [rows, n0 +
-// n1 + n2] F32, or BF16 where x is. Quantised weights are multiplied as integers of their own bits.
+// and gate|up are products of one input). x: [rows, in] F32, or BF16 or I8 where
+// Backend::ProductInput says so; parts: [n_i, in] any weight dtype, as Backend::PlaceWeights gave
+// them; out: [rows, n0 + n1 + n2] F32, or BF16 where x is. Quantised weights are multiplied as
+// integers of their own bits.
 struct MatMulArgs {
   View x;
   View parts[3];
@@ -130,7 +132,8 @@ struct StoreKvArgs {
 enum class Activation : uint8_t { kSilu, kGeluTanh };
 
 // out = activation(gate) * up, where the product is gate | up, of two parts [dim, in]. out: [rows,
-// dim], F32 or BF16. The memory of product.out may serve as scratch and is undefined afterwards.
+// dim], F32, BF16 or I8. The memory of product.out may serve as scratch and is undefined
+// afterwards.
 struct GatedMatMulArgs {
   MatMulArgs product;
   View out;

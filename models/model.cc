@@ -74,7 +74,7 @@ struct Model::Layer {
 };
 
 // Activations of one step, each [max_rows, …]; a step uses the first rows. All F32, but what a
-// product takes may be narrower in the same memory.
+// product takes may be of another type in the same memory.
 struct Model::Workspace {
   View residual;     // [rows, dim]
   View normed;       // [rows, dim]: the residual as the next block takes it
@@ -353,7 +353,8 @@ MatMulArgs Model::GateUp(int64_t rows, int index) const {
   const Layer& l = layers_[index];
   MatMulArgs product = Product(work_->normed.Rows(rows), {l.gate, l.up},
                                Packed(work_->gate_up, rows, l.gate.shape[0] + l.up.shape[0]));
-  product.out.dtype = product.x.dtype;  // the largest activation, read once
+  // The largest activation, read once.
+  if (product.x.dtype == DType::kBF16) product.out.dtype = DType::kBF16;
   return product;
 }
 
@@ -384,8 +385,10 @@ void Model::RunMixer(const Step& step, int index) {
                                 .interleaved = a.rope.has_value() && a.rope->interleaved,
                                 .eps = spec_.norm_eps});
 
-  const MatMulArgs output =
+  MatMulArgs output =
       Product(Packed(work_->attention, rows, q_columns), {layer.o}, work_->branch.Rows(rows));
+  // Attention makes heads, which need not be whole groups.
+  if (output.x.dtype == DType::kI8) output.x.dtype = DType::kF32;
   SpanRequest spans = step.spans;
   if (spans.count > 0) {
     spans.records = step.span_records + static_cast<int64_t>(index) * spans.count * max_heads_;

@@ -5,6 +5,7 @@
 #include <filesystem>
 #include <fstream>
 #include <random>
+#include <type_traits>
 
 #include "tests/support/full_op_table.h"
 #include "tests/support/golden.h"
@@ -34,11 +35,13 @@ struct Setting {
 
 // Ops that only tell what was made for the next product, and whether that took it so.
 struct Watch : BackendContext {
-  explicit Watch(int narrow_parts) : narrow_parts(narrow_parts) {}
+  Watch(DType narrow, int narrow_parts) : narrow(narrow), narrow_parts(narrow_parts) {}
   DType Input(const MatMulArgs& product) const {
-    return product.part_count == narrow_parts ? DType::kBF16 : DType::kF32;
+    return product.part_count == narrow_parts ? narrow : DType::kF32;
   }
+  DType narrow;
   int narrow_parts;
+  bool by_attention = false;  // made
   View made;
   size_t products = 0;
 };
@@ -51,40 +54,48 @@ class NarrowBackend : public HostBackend {
  private:
   template <class Args>
   static void Make(BackendContext& context, const Args& args) {
-    if (!args.out.empty()) static_cast<Watch&>(context).made = args.out;
+    if (args.out.empty()) return;
+    static_cast<Watch&>(context).made = args.out;
+    static_cast<Watch&>(context).by_attention = std::is_same_v<Args, AttentionArgs>;
   }
   static OpTable Ops() {
     OpTable ops = testing::FullOpTable();
     ops.RmsNorm.function = Make;
     ops.AddRmsNorm.function = Make;
     ops.Attention.function = Make;
-    ops.MatMul.function = Take;
+    ops.MatMul.function = [](BackendContext& context, const MatMulArgs& a) {
+      Take(context, a, /*gated=*/false);
+    };
     ops.GatedMatMul.function = [](BackendContext& context, const GatedMatMulArgs& a) {
-      Take(context, a.product);
+      Take(context, a.product, /*gated=*/true);
       Make(context, a);
     };
     return ops;
   }
-  static void Take(BackendContext& context, const MatMulArgs& a) {
+  static void Take(BackendContext& context, const MatMulArgs& a, bool gated) {
     auto& watch = static_cast<Watch&>(context);
     ++watch.products;
     EXPECT_EQ(a.x.data, watch.made.data);
     EXPECT_EQ(a.x.elements(), watch.made.elements());
     EXPECT_EQ(a.x.stride[0], watch.made.stride[0]);
-    EXPECT_EQ(a.x.dtype, watch.Input(a));
+    const bool as_is = watch.by_attention && watch.narrow == DType::kI8;
+    EXPECT_EQ(a.x.dtype, as_is ? DType::kF32 : watch.Input(a));
     EXPECT_EQ(watch.made.dtype, a.x.dtype);
+    EXPECT_EQ(a.out.dtype, gated && a.x.dtype == DType::kBF16 ? DType::kBF16 : DType::kF32);
   }
   const Watch& watch_;
 };
 
 TEST(ProductInputs, AreMadeInTheTypeThatTheBackendTakes) {
-  for (int narrow_parts : {0, 1, 2, 3}) {
-    Watch watch(narrow_parts);
-    NarrowBackend backend(watch);
-    const auto model =
-        LoadTestModel(testing::SourcePath("tests/golden/swa_hybrid_nope"), backend, DType::kBF16);
-    ModelRunner(backend, *model, 1, 64).Feed(0, RandomTokens(20, 50, 1), 20);
-    EXPECT_EQ(watch.products, 4 * model->spec().layers.size() + 1);
+  for (DType narrow : {DType::kBF16, DType::kI8}) {
+    for (int narrow_parts : {0, 1, 2, 3}) {
+      Watch watch(narrow, narrow_parts);
+      NarrowBackend backend(watch);
+      const auto model =
+          LoadTestModel(testing::SourcePath("tests/golden/swa_hybrid_nope"), backend, DType::kBF16);
+      ModelRunner(backend, *model, 1, 64).Feed(0, RandomTokens(20, 50, 1), 20);
+      EXPECT_EQ(watch.products, 4 * model->spec().layers.size() + 1);
+    }
   }
 }
 

@@ -18,7 +18,7 @@ struct GatedProduct {
   std::vector<float> out;      // [rows, dim]
 };
 
-// x is rounded where the backend asks for it, and gate | up then BF16 too, as models do it.
+// x is rounded to BF16 where the backend asks for it, and gate | up then BF16 too, as models do it.
 // `between`: bytes from gate to up.
 inline GatedProduct MultiplyGated(Backend& backend, const std::vector<float>& x, int64_t rows,
                                   const Weights& gate, const Weights& up, Activation activation,
@@ -39,7 +39,9 @@ inline GatedProduct MultiplyGated(Backend& backend, const std::vector<float>& x,
   product.parts[1] = Place(backend, up.view(), weights.data() + bytes(gate) + between);
   product.x = View::Matrix(x_there.data(), DType::kF32, rows, in);
   product.out = View::Matrix(product_there.data(), DType::kF32, rows, 2 * dim);
-  product.x.dtype = product.out.dtype = backend.ProductInput(product);
+  if (backend.ProductInput(product) == DType::kBF16) {
+    product.x.dtype = product.out.dtype = DType::kBF16;
+  }
   args.out = View::Matrix(out_there.data(), out_type, rows, dim);
   if (product.x.dtype == DType::kBF16) {
     std::vector<uint16_t> half(x.size());

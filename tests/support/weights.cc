@@ -122,6 +122,7 @@ double DecodeElement(DType type, const uint8_t* row, int64_t index) {
     case DType::kQ6_K:
       return DecodeQ6K(b, i);
     case DType::kI32:
+    case DType::kI8:
       break;
   }
   return NAN;
