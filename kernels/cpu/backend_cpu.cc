@@ -50,6 +50,10 @@ class CpuBackend : public Backend {
       : Backend(std::move(name), context.get(), CpuOps(), /*host_memory=*/true),
         context_(std::move(context)) {}
 
+  DType ProductInput(const MatMulArgs& product) const override {
+    return cpu::ProductInput(product);
+  }
+
   Buffer Allocate(size_t bytes) override {
     if (bytes == 0) return Buffer();
     void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);

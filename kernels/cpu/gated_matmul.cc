@@ -4,6 +4,7 @@
 #include "kernels/cpu/context.h"
 #include "kernels/cpu/lanes.h"
 #include "kernels/cpu/ops_cpu.h"
+#include "kernels/cpu/out_rows.h"
 
 namespace longspan::cpu {
 namespace {
@@ -52,16 +53,17 @@ void RowPortable(Activation activation, const float* gate, const float* up, int6
 }  // namespace
 
 void GatedMatMul(BackendContext& context, const GatedMatMulArgs& a) {
-  CHECK(a.out.dtype == DType::kF32);
+  const OutRows out(context, a.out);
   CHECK_EQ(a.product.out.shape[1], 2 * a.out.shape[1]);
   MatMul(context, a.product);
   const View& gate_up = a.product.out;
   const auto row_function = context.simd == Simd::kPortable ? RowPortable : RowLanes;
   const int64_t dim = a.out.shape[1];
-  context.team.For(a.out.shape[0], 1 + 8192 / dim, [&](int64_t begin, int64_t end, int) {
+  context.team.For(a.out.shape[0], 1 + 8192 / dim, [&](int64_t begin, int64_t end, int thread) {
     for (int64_t row = begin; row < end; ++row) {
       const float* gate = gate_up.as<float>() + row * gate_up.stride[0];
-      row_function(a.activation, gate, gate + dim, dim, a.out.as<float>() + row * a.out.stride[0]);
+      out.Write(row, thread,
+                [&](float* to) { row_function(a.activation, gate, gate + dim, dim, to); });
     }
   });
 }

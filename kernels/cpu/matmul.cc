@@ -68,22 +68,6 @@ struct Carver {
   }
 };
 
-QuantisedRows CarveRows(Carver& carver, int64_t rows, int64_t in) {
-  return {.q = carver.Take<int8_t>(rows * in),
-          .scale = carver.Take<float>(rows * in / 32),
-          .sum16 = carver.Take<float>(rows * in / 16),
-          .sum32 = carver.Take<float>(rows * in / 32),
-          .scaled_sum = carver.Take<float>(rows * in / 32)};
-}
-
-QuantisedRows RowOf(const QuantisedRows& x, int64_t row, int64_t in) {
-  return {.q = x.q + row * in,
-          .scale = x.scale + row * (in / 32),
-          .sum16 = x.sum16 + row * (in / 16),
-          .sum32 = x.sum32 + row * (in / 32),
-          .scaled_sum = x.scaled_sum + row * (in / 32)};
-}
-
 PanelMemory CarvePanel(Carver& carver, int64_t in) {
   return {.levels = carver.Take<uint8_t>(kPanel * in),
           .scales = carver.Take<float>(kPanel * in / 16),
@@ -126,7 +110,9 @@ class Product {
  private:
   void Check() const {
     CHECK(args_.part_count >= 1 && args_.part_count <= 3) << args_.part_count;
-    CHECK(args_.x.dtype == DType::kF32 && args_.out.dtype == DType::kF32);
+    CHECK(args_.x.dtype == DType::kF32 || args_.x.dtype == ProductInput(args_))
+        << Info(args_.x.dtype).name;
+    CHECK(args_.out.dtype == DType::kF32);
     CHECK_EQ(args_.out.shape[0], rows_);
     for (int p = 0; p < args_.part_count; ++p) {
       const View& part = args_.parts[p];
@@ -146,6 +132,10 @@ class Product {
 
   // Quantises, rounds and pads the rows of x as the parts' types need it, once for all of them.
   void PrepareRows() {
+    if (args_.x.dtype == DType::kI8) {
+      quantised_ = QuantisedRows::At(args_.x.data, rows_, in_);
+      return;
+    }
     bool blocks = false, floats = false, rounded = false;
     for (int p = 0; p < args_.part_count; ++p) {
       const View& part = args_.parts[p];
@@ -153,12 +143,14 @@ class Product {
     }
     const bool pad = floats && padded_ != in_;
     Carver carver;
+    std::byte* quantised = nullptr;
     for (int pass = 0; pass < 2; ++pass) {
-      if (blocks) quantised_ = CarveRows(carver, rows_, in_);
+      if (blocks) quantised = carver.Take<std::byte>(QuantisedRows::Bytes(rows_, in_));
       if (pad) padded_x_ = carver.Take<float>(rows_ * padded_);
       if (rounded) rounded_x_ = carver.Take<uint16_t>(rows_ * rounded_padded_);
       if (pass == 0) carver = {context_.SharedScratch(carver.used), 0};
     }
+    if (blocks) quantised_ = QuantisedRows::At(quantised, rows_, in_);
     x_ = pad ? padded_x_ : args_.x.as<const float>();
     x_stride_ = pad ? padded_ : args_.x.stride[0];
     if (!blocks && !pad && !rounded) return;
@@ -168,7 +160,7 @@ class Product {
     context_.team.For(rows_, grain, [&](int64_t begin, int64_t end, int) {
       for (int64_t r = begin; r < end; ++r) {
         const float* row = args_.x.as<const float>() + r * args_.x.stride[0];
-        if (blocks) kernels_.quantise(row, in_, RowOf(quantised_, r, in_));
+        if (blocks) kernels_.quantise(row, in_, quantised_.Row(r, in_));
         if (pad) {
           float* to = padded_x_ + r * padded_;
           std::copy_n(row, in_, to);
@@ -291,6 +283,12 @@ class Product {
 };
 
 }  // namespace
+
+DType ProductInput(const MatMulArgs& product) {
+  const bool blocks = std::all_of(product.parts, product.parts + product.part_count,
+                                  [](const View& part) { return IsQuantised(part.dtype); });
+  return blocks && product.x.stride[0] == product.x.shape[1] ? DType::kI8 : DType::kF32;
+}
 
 void MatMul(BackendContext& context, const MatMulArgs& args) { Product(context, args).Compute(); }
 

@@ -42,15 +42,31 @@ struct ProductTile {
 using FloatTile = ProductTile<float>;
 using Bf16Tile = ProductTile<uint16_t>;
 
-// Quantised rows of x. q = round(x / scale) of each group of 32, |q| <= 127. Arrays of consecutive
-// rows follow each other at in, in / 32, in / 16, … elements.
+// Quantised rows of x, as I8 views hold them. q = round(x / scale) of each group of 32, |q| <= 127.
+// Arrays of consecutive rows follow each other at in, in / 32, in / 16, … elements.
 struct QuantisedRows {
   int8_t* q;          // [rows, in]
   float* scale;       // [rows, in / 32]
   float* sum16;       // [rows, in / 16] sums of q, exact
   float* sum32;       // [rows, in / 32] sums of q, exact
   float* scaled_sum;  // [rows, in / 32] scale * sum32
+
+  // One array after another, not aligned beyond their types: one row of 32 fits where it was F32.
+  static constexpr int64_t Bytes(int64_t rows, int64_t in) {
+    return rows * in + 5 * sizeof(float) * (rows * in / 32);
+  }
+  static QuantisedRows At(void* memory, int64_t rows, int64_t in) {
+    auto* q = static_cast<int8_t*>(memory);
+    auto* floats = reinterpret_cast<float*>(q + rows * in);
+    const int64_t groups = rows * in / 32;
+    return {q, floats, floats + groups, floats + 3 * groups, floats + 4 * groups};
+  }
+  QuantisedRows Row(int64_t row, int64_t in) const {
+    const int64_t group = row * in / 32;
+    return {q + row * in, scale + group, sum16 + 2 * group, sum32 + group, scaled_sum + group};
+  }
 };
+static_assert(QuantisedRows::Bytes(1, 32) <= BytesOf(DType::kI8, 32));
 
 // Room for a panel unpacked: element i of output o is levels[i / 4][o][i % 4]; its group's scale
 // and min (formats that have one) are scales[i / kGroup][o] and mins[i / kGroup][o].

@@ -2,10 +2,10 @@
 
 #include <cmath>
 
-#include "kernels/check.h"
 #include "kernels/cpu/context.h"
 #include "kernels/cpu/lanes.h"
 #include "kernels/cpu/ops_cpu.h"
+#include "kernels/cpu/out_rows.h"
 
 namespace longspan::cpu {
 namespace {
@@ -41,33 +41,34 @@ NormRowFunction NormRowOf(Simd simd) {
 }
 
 void RmsNorm(BackendContext& context, const RmsNormArgs& a) {
-  CHECK(a.out.dtype == DType::kF32);
+  const OutRows out(context, a.out);
   const NormRowFunction norm = NormRowOf(context.simd);
   const int64_t dim = a.x.shape[1];
-  context.team.For(a.x.shape[0], Grain(dim), [&](int64_t begin, int64_t end, int) {
+  context.team.For(a.x.shape[0], Grain(dim), [&](int64_t begin, int64_t end, int thread) {
     for (int64_t row = begin; row < end; ++row) {
-      norm(a.x.as<float>() + row * a.x.stride[0], a.weight.as<float>(), dim, a.eps,
-           a.out.as<float>() + row * a.out.stride[0]);
+      const float* x = a.x.as<float>() + row * a.x.stride[0];
+      out.Write(row, thread, [&](float* to) { norm(x, a.weight.as<float>(), dim, a.eps, to); });
     }
   });
 }
 
 void AddRmsNorm(BackendContext& context, const AddRmsNormArgs& a) {
-  CHECK(a.out.dtype == DType::kF32);
+  const OutRows out(context, a.out);
   const NormRowFunction norm = NormRowOf(context.simd);
   const int64_t dim = a.x.shape[1];
   context.team.For(a.x.shape[0], Grain(dim), [&](int64_t begin, int64_t end, int thread) {
-    auto* normed = reinterpret_cast<float*>(context.Scratch(thread, sizeof(float) * dim));
     for (int64_t row = begin; row < end; ++row) {
       const float* x = a.x.as<float>() + row * a.x.stride[0];
       float* residual = a.residual.as<float>() + row * a.residual.stride[0];
       if (!a.x_weight.empty()) {
+        auto* normed = reinterpret_cast<float*>(context.Scratch(thread, sizeof(float) * dim));
         norm(x, a.x_weight.as<float>(), dim, a.eps, normed);
         x = normed;
       }
       for (int64_t d = 0; d < dim; ++d) residual[d] += x[d];
       if (a.weight.empty()) continue;
-      norm(residual, a.weight.as<float>(), dim, a.eps, a.out.as<float>() + row * a.out.stride[0]);
+      out.Write(row, thread,
+                [&](float* to) { norm(residual, a.weight.as<float>(), dim, a.eps, to); });
     }
   });
 }

@@ -18,4 +18,7 @@ void Gather(BackendContext& context, const GatherArgs& args);
 void Softcap(BackendContext& context, const SoftcapArgs& args);
 void Sample(BackendContext& context, const SampleArgs& args);
 
+// As Backend::ProductInput.
+DType ProductInput(const MatMulArgs& product);
+
 }  // namespace longspan::cpu
