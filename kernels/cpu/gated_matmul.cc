@@ -59,6 +59,9 @@ void GatedMatMul(BackendContext& context, const GatedMatMulArgs& a) {
   const View& gate_up = a.product.out;
   const auto row_function = context.simd == Simd::kPortable ? RowPortable : RowLanes;
   const int64_t dim = a.out.shape[1];
+  // Not in the product's pieces, while caches have them: gate | up of Gemma 3 270M, AMD EPYC, 2
+  // threads, this loop as it is -> with its gate | up in the L1 cache: 512 rows 796 -> 699 us
+  // beside the product's 5402, 0.5 % of prefill; one row 2.6 -> 2.5 us beside 60.
   context.team.For(a.out.shape[0], 1 + 8192 / dim, [&](int64_t begin, int64_t end, int thread) {
     for (int64_t row = begin; row < end; ++row) {
       const float* gate = gate_up.as<float>() + row * gate_up.stride[0];
