@@ -29,6 +29,21 @@ inline uint16_t ToBf16(float value) {
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
+// Round to nearest even; a NaN stays one.
+inline uint16_t ToF16(float value) {
+  const uint32_t bits = FloatToBits(value);
+  const auto sign = static_cast<uint16_t>(bits >> 16 & 0x8000u);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return sign | 0x7e00u;
+  if (magnitude >= 0x477ff000u) return sign | 0x7c00u;  // from 65520 on: infinity
+  if (magnitude < 0x38800000u) {
+    // Below 2^-14 in units of 2^-24, which are those of a float from 0.5 to 1.
+    return sign | static_cast<uint16_t>(FloatToBits(BitsToFloat(magnitude) + 0.5f) - 0x3f000000u);
+  }
+  const uint32_t rebiased = magnitude - 0x38000000u;  // from a bias of 127 to 15
+  return sign | static_cast<uint16_t>((rebiased + 0xfffu + (rebiased >> 13 & 1u)) >> 13);
+}
+
 inline float FromF16(uint16_t half) {
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
   const uint32_t exponent = (half >> 10) & 0x1fu;

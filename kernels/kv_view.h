@@ -5,7 +5,8 @@
 //   table[s][(p / page_tokens) % slots], row p % page_tokens.
 // A paged table is wide enough never to wrap; a ring's wraps at slots = ceil((W - 1) / page_tokens)
 // + 1. A table entry counts kPageUnitBytes from `arena`. Inside a page this layer's keys start at
-// key_offset and its values at value_offset, each [kv_heads, page_tokens, head_dim], contiguous.
+// key_offset and its values at value_offset, each [kv_heads, page_tokens, head_dim], contiguous; a
+// head's numbers are whole blocks of the dtype.
 #include <cstddef>
 #include <cstdint>
 

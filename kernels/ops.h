@@ -66,9 +66,11 @@ struct MatMulArgs {
 
 // From the product q | k | v to what attention takes: RmsNorm of each head of q and of k where its
 // weight is given, rotary positions of q and k where frequencies are given, then k and v rounded
-// (to nearest even) to the cache's dtype. Queries stay in qkv; its columns of k are lost.
+// (to nearest even) to the cache's dtype; to Q8_0 as GGUF does: of 32 numbers the scale is the
+// largest magnitude / 127. Queries stay in qkv; its columns of k are lost.
 // qkv: [rows, query_heads * head_dim + 2 * kv_heads * head_dim]; query_norm, key_norm: [head_dim]
-// F32, or empty; positions: [rows] I32; key, value: [rows, kv_heads, head_dim], F32 or BF16.
+// F32, or empty; positions: [rows] I32; key, value: [rows, kv_heads, head_dim], F32, BF16 or, on a
+// CPU, Q8_0.
 // Positions rotate pairs of the first 2 * frequencies dims of a head by position * frequency;
 // frequencies: [rotary_dim / 2] F32, radians per token, or empty. interleaved: pairs (2i, 2i+1),
 // else (i, i + rotary_dim / 2). `magnitude` scales the rotated dims.

@@ -7,9 +7,9 @@
 
 namespace longspan {
 
-// Up to three dimensions, the last one contiguous. A view of quantised type has rank 2 and whole,
-// unstrided rows; `packed` ones are in the form that Backend::PlaceWeights gave them, and have no
-// rows.
+// Up to three dimensions, the last one contiguous. A view of quantised type is a weight matrix of
+// whole, unstrided rows; or keys or values, whose strides and last dimension are whole blocks.
+// `packed` ones are in the form that Backend::PlaceWeights gave them, and have no rows.
 struct View {
   void* data = nullptr;
   DType dtype = DType::kF32;
@@ -43,7 +43,7 @@ struct View {
   static View Cube(void* data, DType dtype, int64_t a, int64_t b, int64_t c) {
     return {data, dtype, 3, {a, b, c}, {b * c, c, 1}, false};
   }
-  // Columns [begin, begin + count) of a matrix of plain type; keeps the row stride.
+  // Columns [begin, begin + count) of a matrix, whole blocks; keeps the row stride.
   View Columns(int64_t begin, int64_t count) const {
     View v = *this;
     v.data = static_cast<std::byte*>(data) + BytesOf(dtype, begin);

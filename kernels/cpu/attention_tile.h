@@ -13,8 +13,8 @@ inline constexpr int kTileQueries = 64;  // (token, head) pairs of a tile: amort
 
 struct AttentionTile {
   int lanes;  // 4, 8 or 16
-  // Rows of `dim` elements (F32 or BF16), `stride` bytes apart, as F32, each zero-padded to
-  // `padded`.
+  // Rows of `dim` elements (F32, BF16 or whole blocks of Q8_0), `stride` bytes apart, as F32, each
+  // zero-padded to `padded`.
   void (*load)(DType dtype, const std::byte* from, int64_t stride, int rows, int dim, int padded,
                float* to);
   // scores[q][k] = queries[q] · keys[k] for all 64 keys. Each sum is taken over `lanes` lanes, then

@@ -4,6 +4,7 @@
 
 #include "kernels/convert.h"
 #include "kernels/cpu/attention_tile.h"
+#include "kernels/cpu/blocks.h"
 #include "kernels/cpu/lanes.h"
 
 namespace longspan::cpu {
@@ -14,6 +15,12 @@ LONGSPAN_TARGET void Load(DType dtype, const std::byte* from, int64_t stride, in
   for (int row = 0; row < rows; ++row, from += stride, to += padded) {
     if (dtype == DType::kF32) {
       std::memcpy(to, from, sizeof(float) * dim);
+    } else if (dtype == DType::kQ8_0) {
+      const auto* blocks = reinterpret_cast<const BlockQ8_0*>(from);
+      for (int d = 0; d < dim; d += 32, ++blocks) {
+        const float scale = HalfToFloat(blocks->d);
+        for (int i = 0; i < 32; ++i) to[d + i] = scale * blocks->q[i];
+      }
     } else {
       const auto* halves = reinterpret_cast<const uint16_t*>(from);
       auto* bits = reinterpret_cast<uint32_t*>(to);

@@ -2,7 +2,9 @@
 
 #include "kernels/check.h"
 #include "kernels/convert.h"
+#include "kernels/cpu/blocks.h"
 #include "kernels/cpu/context.h"
+#include "kernels/cpu/instruction_set.h"
 #include "kernels/cpu/lanes.h"
 #include "kernels/cpu/norm.h"
 #include "kernels/cpu/ops_cpu.h"
@@ -86,7 +88,8 @@ void RotateRowPortable(const PrepareQkvArgs& a, int32_t position, int64_t heads,
   RotateRow(a, position, heads, x, angles);
 }
 
-// Heads of `dim` numbers, side by side, to `to`'s type: row `row` of [rows, heads, dim].
+// Heads of `dim` numbers, side by side, to `to`'s type, a plain one: row `row` of [rows, heads,
+// dim].
 LONGSPAN_INLINE void StoreHeads(const float* x, const View& to, int64_t row) {
   const int64_t dim = to.shape[2];
   for (int64_t h = 0; h < to.shape[1]; ++h, x += dim) {
@@ -105,17 +108,35 @@ LONGSPAN_LANES void StoreHeadsLanes(const float* x, const View& to, int64_t row)
 }
 void StoreHeadsPortable(const float* x, const View& to, int64_t row) { StoreHeads(x, to, row); }
 
+// The same to Q8_0, in the levels that products take their activations in.
+void StoreBlocks(const MatMulKernels& kernels, const float* x, const View& to, int64_t row) {
+  for (int64_t h = 0; h < to.shape[1]; ++h) {
+    auto* block = reinterpret_cast<BlockQ8_0*>(to.row(row) + BytesOf(to.dtype, h * to.stride[1]));
+    for (int64_t d = 0; d < to.shape[2]; d += 32, x += 32, ++block) {
+      float scale, sum16[2], sum32, scaled_sum;
+      kernels.quantise(x, 32, {block->q, &scale, sum16, &sum32, &scaled_sum});
+      block->d = ToF16(scale);
+    }
+  }
+}
+
 }  // namespace
 
 void PrepareQkv(BackendContext& context, const PrepareQkvArgs& a) {
   for (const View* to : {&a.key, &a.value}) {
-    CHECK(to->dtype == DType::kF32 || to->dtype == DType::kBF16) << Info(to->dtype).name;
+    CHECK(to->dtype == DType::kF32 || to->dtype == DType::kBF16 || to->dtype == DType::kQ8_0)
+        << Info(to->dtype).name;
+    CHECK_EQ(to->shape[2] % Info(to->dtype).block_elements, 0);
     CHECK(a.cache.arena == nullptr || to->dtype == a.cache.dtype) << Info(to->dtype).name;
   }
   const bool portable = context.simd == Simd::kPortable;
   const NormRowFunction norm = NormRowOf(context.simd);
   const auto rotate = portable ? RotateRowPortable : RotateRowLanes;
-  const auto store = portable ? StoreHeadsPortable : StoreHeadsLanes;
+  const auto store_plain = portable ? StoreHeadsPortable : StoreHeadsLanes;
+  const auto store = [&](const float* x, const View& to, int64_t row) {
+    if (IsQuantised(to.dtype)) return StoreBlocks(SetOf(context.simd).matmul, x, to, row);
+    store_plain(x, to, row);
+  };
   const int64_t dim = a.key.shape[2], heads = a.query_heads(), kv_heads = a.key.shape[1];
   const auto norm_heads = [&](float* x, int64_t count, const View& weight) {
     if (weight.empty()) return;

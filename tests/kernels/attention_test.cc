@@ -38,6 +38,16 @@ TEST_P(AttentionOnEachSimd, FullEqualsEager) {
   }
 }
 
+TEST_P(AttentionOnEachSimd, OverQ8_0EqualsEagerOverItsNumbers) {
+  for (int dim : {32, 64, 96, 256}) {
+    for (int window : {0, 40}) {
+      AttentionCase c({.dim = dim, .window = window, .dtype = DType::kQ8_0}, {130, 1, 65});
+      c.RunAll(*backend_, 48);
+      ExpectEqualsEager(c);
+    }
+  }
+}
+
 TEST_P(AttentionOnEachSimd, WindowEqualsMaskedFullAttentionAtItsEdges) {
   // Lengths W - 1, W, W + 1, W + page and far beyond.
   for (int window : {1, 2, 16, 17, 64, 100}) {
@@ -73,13 +83,15 @@ TEST_P(AttentionOnEachSimd, SeveralSegmentsEqualEager) {
 }
 
 TEST_P(AttentionOnEachSimd, ChunkingChangesNoBit) {
-  for (int window : {0, 40}) {
-    AttentionCase c({.window = window}, {700, 150});
-    c.RunAll(*backend_, 1000);
-    const auto whole = c.out();
-    for (int chunk : {1, 7, 64, 512}) {
-      c.RunAll(*backend_, chunk);
-      EXPECT_EQ(c.out(), whole) << "window " << window << " chunk " << chunk;
+  for (DType dtype : {DType::kBF16, DType::kQ8_0}) {
+    for (int window : {0, 40}) {
+      AttentionCase c({.dim = 32, .window = window, .dtype = dtype}, {700, 150});
+      c.RunAll(*backend_, 1000);
+      const auto whole = c.out();
+      for (int chunk : {1, 7, 64, 512}) {
+        c.RunAll(*backend_, chunk);
+        EXPECT_EQ(c.out(), whole) << Info(dtype).name << " window " << window << " chunk " << chunk;
+      }
     }
   }
 }
@@ -128,8 +140,8 @@ TEST_P(AttentionOnEachSimd, ObservingChangesNoBit) {
 }
 
 TEST_P(AttentionOnEachSimd, StoringOneRowEachBeforeItChangesNoBit) {
-  for (DType dtype : {DType::kF32, DType::kBF16}) {
-    testing::ExpectStoringFirstChangesNoBit(*backend_, {.dtype = dtype});
+  for (DType dtype : {DType::kF32, DType::kBF16, DType::kQ8_0}) {
+    testing::ExpectStoringFirstChangesNoBit(*backend_, {.dim = 32, .dtype = dtype});
   }
 }
 

@@ -12,6 +12,7 @@ namespace {
 
 using testing::DecodeHalf;
 using testing::DecodeRow;
+using testing::EncodeHalf;
 using testing::RandomWeights;
 using testing::Weights;
 
@@ -27,6 +28,23 @@ TEST(Half, WidensEveryValueExactly) {
       ASSERT_TRUE(std::isnan(value)) << bits;
     }
   }
+}
+
+TEST(Half, RoundsToNearestEven) {
+  for (uint32_t bits = 0; bits < 0x7bff; ++bits) {
+    const double low = DecodeHalf(bits), high = DecodeHalf(bits + 1);
+    const auto middle = static_cast<float>((low + high) / 2);  // exact
+    ASSERT_EQ(ToF16(static_cast<float>(low)), bits);
+    ASSERT_EQ(ToF16(static_cast<float>(-high)), (bits + 1) | 0x8000);
+    ASSERT_EQ(ToF16(std::nextafter(middle, 0.0f)), bits);
+    ASSERT_EQ(ToF16(middle), bits % 2 == 0 ? bits : bits + 1);
+    ASSERT_EQ(ToF16(std::nextafter(middle, INFINITY)), bits + 1);
+    ASSERT_EQ(EncodeHalf(middle), ToF16(middle));
+  }
+  EXPECT_EQ(ToF16(std::nextafter(65520.0f, 0.0f)), 0x7bff);
+  EXPECT_EQ(ToF16(65520.0f), 0x7c00);
+  EXPECT_EQ(ToF16(-INFINITY), 0xfc00);
+  EXPECT_TRUE(std::isnan(HalfToFloat(ToF16(NAN))));
 }
 
 TEST(Brain, RoundsToNearestEven) {

@@ -2,11 +2,13 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstring>
 #include <random>
 #include <vector>
 
 #include "kernels/backend.h"
 #include "kernels/convert.h"
+#include "kernels/cpu/blocks.h"
 #include "tests/support/cache_pages.h"
 #include "tests/support/travel.h"
 #include "tests/support/weights.h"
@@ -15,6 +17,8 @@ namespace longspan {
 namespace {
 
 using testing::CachePages;
+using testing::DecodeElement;
+using testing::Encode;
 using testing::RandomFloats;
 using testing::Travel;
 
@@ -28,7 +32,10 @@ struct Shape {
 // Rows of qkv inside wider rows, keys and values inside wider ones too.
 struct Case {
   explicit Case(const Shape& s)
-      : shape(s), columns((s.heads + 2 * s.kv_heads) * s.dim), kv_columns(s.kv_heads * s.dim) {
+      : shape(s),
+        columns((s.heads + 2 * s.kv_heads) * s.dim),
+        kv_columns(s.kv_heads * s.dim),
+        kv_stride(kv_columns + std::max(4, Info(s.cache).block_elements)) {
     std::mt19937 random(s.dim);
     qkv = RandomFloats(positions.size() * (columns + 8), random);
     query_norm = RandomFloats(s.dim, random);
@@ -37,13 +44,13 @@ struct Case {
       frequencies.push_back(std::pow(10000.0f, -static_cast<float>(i) / s.pairs));
     }
     before = qkv;
-    key.assign(2 * positions.size() * (kv_columns + 4), 77.0f);
+    key.assign(2 * positions.size() * kv_stride, 77.0f);
     value = key;
   }
 
   PrepareQkvArgs Args() {
     const auto kv = [&](std::vector<float>& to) {
-      return View::Matrix(to.data(), shape.cache, positions.size(), kv_columns + 4)
+      return View::Matrix(to.data(), shape.cache, positions.size(), kv_stride)
           .Columns(0, kv_columns)
           .Heads(shape.kv_heads);
     };
@@ -96,16 +103,32 @@ struct Case {
     if (head < shape.heads) return qkv[row * (columns + 8) + head * shape.dim + d];
     const int kv_head = (head - shape.heads) % shape.kv_heads;
     const auto& from = head < shape.heads + shape.kv_heads ? key : value;
-    const size_t at = row * (kv_columns + 4) + kv_head * shape.dim + d;
-    if (shape.cache == DType::kF32) return from[at];
-    return FromBf16(reinterpret_cast<const uint16_t*>(from.data())[at]);
+    const size_t at = row * kv_stride + kv_head * shape.dim + d;
+    return static_cast<float>(
+        DecodeElement(shape.cache, reinterpret_cast<const uint8_t*>(from.data()), at));
+  }
+
+  // How far rounding to the cache's type may move element d of a head of these numbers.
+  double Rounding(const std::vector<double>& head, int d) const {
+    if (shape.cache == DType::kF32) return 0;
+    if (shape.cache == DType::kBF16) return 0x1p-8 * std::fabs(head[d]);
+    double largest = 0;
+    for (int i = d / 32 * 32; i < d / 32 * 32 + 32; ++i) {
+      largest = std::max(largest, std::fabs(head[i]));
+    }
+    return largest / 127 / 2 + 0x1p-11 * std::fabs(head[d]);  // half a level, and the scale's
   }
 
   Shape shape;
-  int columns, kv_columns;
+  int columns, kv_columns, kv_stride;
   std::vector<int32_t> positions = {0, 1, 77, 16383, 131071};
   std::vector<float> qkv, before, query_norm, key_norm, frequencies, key, value;
 };
+
+// Of memory that may read as NaN.
+bool SameBytes(const std::vector<float>& a, const std::vector<float>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), sizeof(float) * a.size()) == 0;
+}
 
 class PrepareQkvOnEachSimd : public ::testing::TestWithParam<const char*> {
  protected:
@@ -115,12 +138,11 @@ class PrepareQkvOnEachSimd : public ::testing::TestWithParam<const char*> {
     Case c(shape);
     backend_->Run(backend_->ops().PrepareQkv, c.Args());
     // Numbers of order one: fp32 roundings of a norm and a rotation, then the cache's own.
-    const double half = shape.cache == DType::kBF16 ? 0x1p-8 : 0;
     for (size_t row = 0; row < c.positions.size(); ++row) {
       for (int head = 0; head < shape.heads + 2 * shape.kv_heads; ++head) {
         const std::vector<double> want = c.Want(row, head);
         for (int d = 0; d < shape.dim; ++d) {
-          const double rounding = head < shape.heads ? 0 : half * std::fabs(want[d]);
+          const double rounding = head < shape.heads ? 0 : c.Rounding(want, d);
           ASSERT_NEAR(c.Got(row, head, d), want[d], 3e-6 + 1.01 * rounding)
               << "row " << row << " head " << head << " channel " << d;
         }
@@ -129,8 +151,8 @@ class PrepareQkvOnEachSimd : public ::testing::TestWithParam<const char*> {
         EXPECT_EQ(c.qkv[row * (c.columns + 8) + i], c.before[row * (c.columns + 8) + i]);
       }
       for (int i = c.kv_columns; i < c.kv_columns + 4 && shape.cache == DType::kF32; ++i) {
-        EXPECT_EQ(c.key[row * (c.kv_columns + 4) + i], 77.0f);
-        EXPECT_EQ(c.value[row * (c.kv_columns + 4) + i], 77.0f);
+        EXPECT_EQ(c.key[row * c.kv_stride + i], 77.0f);
+        EXPECT_EQ(c.value[row * c.kv_stride + i], 77.0f);
       }
     }
   }
@@ -163,6 +185,10 @@ TEST_P(PrepareQkvOnEachSimd, EqualsItsFormulaAtEveryHeadSize) {
                          .interleaved = true,
                          .cache = DType::kBF16});
   }
+  for (int dim : {32, 64, 96, 256}) {
+    SCOPED_TRACE(dim);
+    ExpectEqualsFormula({.kv_heads = 2, .dim = dim, .pairs = dim / 2, .cache = DType::kQ8_0});
+  }
 }
 
 // Without a norm or positions keys and values are roundings: to the bit.
@@ -176,6 +202,50 @@ TEST_P(PrepareQkvOnEachSimd, RoundsKeysAndValuesToNearestEven) {
         ASSERT_EQ(c.Got(row, head, d), FromBf16(ToBf16(x)));  // proven in blocks_test.cc
       }
     }
+  }
+}
+
+// To Q8_0 likewise: the scale to the bit; a level is a quotient of 127 at most, which two roundings
+// may carry over a tie.
+TEST_P(PrepareQkvOnEachSimd, QuantisesKeysAndValuesAsGgufDoes) {
+  Case c({.dim = 64, .pairs = 0, .norm = false, .cache = DType::kQ8_0});
+  float* zeros = &c.qkv[c.shape.heads * c.shape.dim];
+  std::fill(zeros, zeros + 32, 0.0f);
+  c.before = c.qkv;
+  backend_->Run(backend_->ops().PrepareQkv, c.Args());
+  for (size_t row = 0; row < c.positions.size(); ++row) {
+    for (int head = 0; head < 2 * c.shape.kv_heads; ++head) {
+      const auto& to = head < c.shape.kv_heads ? c.key : c.value;
+      const auto* got =
+          reinterpret_cast<const uint8_t*>(to.data()) +
+          BytesOf(DType::kQ8_0, row * c.kv_stride + head % c.shape.kv_heads * c.shape.dim);
+      const float* x = &c.before[row * (c.columns + 8) + (c.shape.heads + head) * c.shape.dim];
+      for (int block = 0; block < c.shape.dim / 32; ++block, got += 34, x += 32) {
+        const std::vector<uint8_t> want = Encode(DType::kQ8_0, {x, x + 32});
+        ASSERT_TRUE(std::equal(want.begin(), want.begin() + 2, got)) << "row " << row;
+        double largest = 0;
+        for (int i = 0; i < 32; ++i) largest = std::max(largest, std::fabs(double{x[i]}));
+        for (int i = 0; i < 32; ++i) {
+          const double level = largest == 0 ? 0 : x[i] * 127 / largest;
+          ASSERT_NEAR(static_cast<int8_t>(got[2 + i]), level, 0.5 + 127 * 0x1p-23) << "row " << row;
+        }
+      }
+    }
+  }
+}
+
+TEST_P(PrepareQkvOnEachSimd, WhatIsNoNumberStaysNoneInQ8_0) {
+  Case c({.dim = 64, .pairs = 0, .norm = false, .cache = DType::kQ8_0});
+  for (const float x : {NAN, INFINITY}) {
+    c.qkv = c.before;
+    c.qkv[c.shape.heads * c.shape.dim + 40] = x;
+    backend_->Run(backend_->ops().PrepareQkv, c.Args());
+    const View key = c.Args().key;
+    std::vector<float> got(c.shape.dim);
+    DequantiseRow(DType::kQ8_0, key.row(0), c.shape.dim, got.data());
+    for (int d = 0; d < c.shape.dim; ++d) EXPECT_EQ(std::isnan(got[d]), d >= 32) << d;
+    DequantiseRow(DType::kQ8_0, key.row(1), c.shape.dim, got.data());
+    for (const float value : got) EXPECT_TRUE(std::isfinite(value));
   }
 }
 
@@ -196,10 +266,11 @@ TEST_P(PrepareQkvOnEachSimd, ARowDependsOnNoOther) {
 }
 
 TEST_P(PrepareQkvOnEachSimd, StoresWhatStoreKvWould) {
-  for (DType dtype : {DType::kF32, DType::kBF16}) {
+  for (DType dtype : {DType::kF32, DType::kBF16, DType::kQ8_0}) {
     for (int window : {0, 1, 16, 17, 40}) {
       SCOPED_TRACE(window);
-      Case got({.dim = 33, .pairs = 16, .cache = dtype}), want = got;
+      const int dim = IsQuantised(dtype) ? 64 : 33;
+      Case got({.dim = dim, .pairs = 16, .cache = dtype}), want = got;
       const int rows = static_cast<int>(got.positions.size());
       CachePages stored(rows, dtype, got.shape.kv_heads, got.shape.dim, window, 131072);
       CachePages wanted = stored;
@@ -217,8 +288,8 @@ TEST_P(PrepareQkvOnEachSimd, StoresWhatStoreKvWould) {
                                               window});
       EXPECT_TRUE(stored.arena == wanted.arena);
       EXPECT_EQ(got.qkv, want.qkv);
-      EXPECT_EQ(got.key, want.key);
-      EXPECT_EQ(got.value, want.value);
+      EXPECT_TRUE(SameBytes(got.key, want.key));
+      EXPECT_TRUE(SameBytes(got.value, want.value));
     }
   }
 }
@@ -227,6 +298,12 @@ TEST(PrepareQkvDeathTest, RefusesOtherCacheTypes) {
   const auto backend = Backend::Cpu({.threads = 1});
   Case c({.cache = DType::kF16});
   EXPECT_DEATH(backend->Run(backend->ops().PrepareQkv, c.Args()), "F16");
+}
+
+TEST(PrepareQkvDeathTest, RefusesHeadsOfPartsOfBlocks) {
+  const auto backend = Backend::Cpu({.threads = 1});
+  Case c({.dim = 80, .pairs = 0, .cache = DType::kQ8_0});
+  EXPECT_DEATH(backend->Run(backend->ops().PrepareQkv, c.Args()), "16 vs 0");
 }
 
 TEST(Cost, OfPrepareQkvCountsWhatIsTouched) {

@@ -10,6 +10,7 @@
 
 #include "kernels/backend.h"
 #include "kernels/convert.h"
+#include "tests/support/weights.h"
 
 namespace longspan::testing {
 
@@ -39,9 +40,10 @@ class AttentionCase {
       fill(q_[s], static_cast<size_t>(lengths_[s]) * shape.heads * shape.dim, 1.5f);
       fill(k_[s], static_cast<size_t>(lengths_[s]) * shape.kv_heads * shape.dim, 1.0f);
       fill(v_[s], static_cast<size_t>(lengths_[s]) * shape.kv_heads * shape.dim, 1.0f);
-      if (shape.dtype == DType::kBF16) {
-        for (auto* rows : {&k_[s], &v_[s]}) {
-          for (float& x : *rows) x = FromBf16(ToBf16(x));
+      for (auto* rows : {&k_[s], &v_[s]}) {  // as the cache has them
+        const std::vector<uint8_t> bytes = Encode(shape.dtype, *rows);
+        for (size_t i = 0; i < rows->size(); ++i) {
+          (*rows)[i] = static_cast<float>(DecodeElement(shape.dtype, bytes.data(), i));
         }
       }
     }
@@ -109,9 +111,7 @@ class AttentionCase {
     }
     out.resize(q.size());
     std::vector<uint16_t> out_half(q.size());
-    std::vector<uint16_t> kh(kf.size()), vh(vf.size());
-    for (size_t i = 0; i < kf.size(); ++i) kh[i] = ToBf16(kf[i]), vh[i] = ToBf16(vf[i]);
-    const bool half = shape_.dtype == DType::kBF16;
+    std::vector<uint8_t> k = Encode(shape_.dtype, kf), v = Encode(shape_.dtype, vf);
     std::vector<SpanRecord> records(static_cast<size_t>(n) * shape_.heads);
 
     // On a device everything travels there for the step, and what the ops wrote comes back.
@@ -131,12 +131,8 @@ class AttentionCase {
     cache_.table = on_device(table);
     AttentionArgs a;
     a.query = View::Matrix(on_device(q), DType::kF32, n, qn).Heads(shape_.heads);
-    a.key =
-        View::Matrix(half ? static_cast<void*>(on_device(kh)) : on_device(kf), shape_.dtype, n, kn)
-            .Heads(shape_.kv_heads);
-    a.value =
-        View::Matrix(half ? static_cast<void*>(on_device(vh)) : on_device(vf), shape_.dtype, n, kn)
-            .Heads(shape_.kv_heads);
+    a.key = View::Matrix(on_device(k), shape_.dtype, n, kn).Heads(shape_.kv_heads);
+    a.value = View::Matrix(on_device(v), shape_.dtype, n, kn).Heads(shape_.kv_heads);
     a.out = View::Matrix(out_there, shape_.out, n, qn).Heads(shape_.heads);
     a.cache = cache_;
     a.batch = {static_cast<int>(members.size()),

@@ -3,6 +3,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "kernels/convert.h"
+
 namespace longspan::testing {
 namespace {
 
@@ -135,6 +137,39 @@ std::vector<double> DecodeRow(const Weights& weights, int64_t row) {
     values[i] = DecodeElement(weights.type, bytes, i);
   }
   return values;
+}
+
+uint16_t EncodeHalf(double value) {
+  if (value == 0) return 0;
+  int exponent;
+  std::frexp(value, &exponent);                   // below 2^exponent
+  const int unit = std::max(exponent - 11, -24);  // of the last of eleven bits
+  return static_cast<uint16_t>((unit + 24) * 1024 + std::nearbyint(std::ldexp(value, -unit)));
+}
+
+std::vector<uint8_t> Encode(DType type, const std::vector<float>& values) {
+  const int elements = Info(type).block_elements, bytes = Info(type).block_bytes;
+  std::vector<uint8_t> encoded(BytesOf(type, static_cast<int64_t>(values.size())));
+  uint8_t* to = encoded.data();
+  for (auto x = values.begin(); x != values.end(); x += elements, to += bytes) {
+    if (type == DType::kF32) {
+      std::memcpy(to, &*x, 4);
+    } else if (type == DType::kBF16) {
+      const uint16_t half = ToBf16(*x);  // proven in blocks_test.cc
+      std::memcpy(to, &half, 2);
+    } else {
+      CHECK(type == DType::kQ8_0) << Info(type).name;
+      double largest = 0;
+      for (int i = 0; i < 32; ++i) largest = std::max(largest, std::fabs(double{x[i]}));
+      const uint16_t scale = EncodeHalf(largest / 127);
+      std::memcpy(to, &scale, 2);
+      for (int i = 0; i < 32; ++i) {
+        const double level = largest == 0 ? 0 : std::nearbyint(x[i] * 127 / largest);
+        to[2 + i] = static_cast<uint8_t>(static_cast<int>(level));
+      }
+    }
+  }
+  return encoded;
 }
 
 Weights RandomWeights(DType type, int64_t rows, int64_t columns, std::mt19937& random) {

@@ -43,6 +43,11 @@ double DecodeHalf(uint16_t half);
 double DecodeElement(DType type, const uint8_t* row, int64_t index);
 std::vector<double> DecodeRow(const Weights& weights, int64_t row);
 
+// Whole blocks of Q8_0, or BF16 or F32, by the formats' definition: Q8_0's scale is an F16 near the
+// largest magnitude / 127, its levels are quotients of the unrounded scale.
+std::vector<uint8_t> Encode(DType type, const std::vector<float>& values);
+uint16_t EncodeHalf(double value);  // to nearest even; from 0 to 65504
+
 std::vector<float> RandomFloats(int64_t count, std::mt19937& random);  // standard normal
 
 }  // namespace longspan::testing

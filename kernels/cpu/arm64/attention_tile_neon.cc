@@ -6,6 +6,7 @@
 
 #include "kernels/cpu/arm64/sets.h"
 #include "kernels/cpu/attention_tile.h"
+#include "kernels/cpu/blocks.h"
 #include "kernels/cpu/target.h"
 
 #define LONGSPAN_TARGET
@@ -15,11 +16,24 @@ namespace {
 
 constexpr int kWide = 4;
 
+LONGSPAN_INLINE void LoadBlocks(const BlockQ8_0* blocks, int dim, float* to) {
+  for (int b = 0; b < dim / 32; ++b) {
+    const float scale = HalfToFloat(blocks[b].d);
+    for (int i = 0; i < 32; i += 8, to += 8) {
+      const int16x8_t q = vmovl_s8(vld1_s8(blocks[b].q + i));
+      vst1q_f32(to, vmulq_n_f32(vcvtq_f32_s32(vmovl_s16(vget_low_s16(q))), scale));
+      vst1q_f32(to + 4, vmulq_n_f32(vcvtq_f32_s32(vmovl_s16(vget_high_s16(q))), scale));
+    }
+  }
+}
+
 void Load(DType dtype, const std::byte* from, int64_t stride, int rows, int dim, int padded,
           float* to) {
   for (int row = 0; row < rows; ++row, from += stride, to += padded) {
     if (dtype == DType::kF32) {
       std::memcpy(to, from, sizeof(float) * dim);
+    } else if (dtype == DType::kQ8_0) {
+      LoadBlocks(reinterpret_cast<const BlockQ8_0*>(from), dim, to);
     } else {
       const auto* bytes = reinterpret_cast<const uint8_t*>(from);
       int d = 0;

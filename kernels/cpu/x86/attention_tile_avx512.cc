@@ -12,6 +12,7 @@
 #include <cstring>
 
 #include "kernels/cpu/attention_tile.h"
+#include "kernels/cpu/blocks.h"
 #include "kernels/cpu/target.h"
 #include "kernels/cpu/x86/sets.h"
 #include "kernels/cpu/x86/sum_lanes_avx512.h"
@@ -47,8 +48,25 @@ LONGSPAN_AVX512 inline void LoadRows(const std::byte* from, int64_t stride, int 
   }
 }
 
+// Whole blocks fill lanes: there is nothing to pad.
+LONGSPAN_AVX512 inline void LoadBlocks(const std::byte* from, int64_t stride, int rows, int dim,
+                                       float* to) {
+  for (int row = 0; row < rows; ++row, from += stride) {
+    const auto* blocks = reinterpret_cast<const BlockQ8_0*>(from);
+    for (int b = 0; b < dim / 32; ++b) {
+      const __m512 scale = _mm512_set1_ps(_cvtsh_ss(blocks[b].d));
+      for (int i = 0; i < 32; i += kWide, to += kWide) {
+        const auto* q = reinterpret_cast<const __m128i*>(blocks[b].q + i);
+        const __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128(q));
+        _mm512_storeu_ps(to, _mm512_mul_ps(scale, _mm512_cvtepi32_ps(wide)));
+      }
+    }
+  }
+}
+
 LONGSPAN_AVX512 void Load(DType dtype, const std::byte* from, int64_t stride, int rows, int dim,
                           int padded, float* to) {
+  if (dtype == DType::kQ8_0) return LoadBlocks(from, stride, rows, dim, to);
   (dtype == DType::kF32 ? LoadRows<DType::kF32> : LoadRows<DType::kBF16>)(from, stride, rows, dim,
                                                                           padded, to);
 }
