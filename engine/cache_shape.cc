@@ -14,12 +14,12 @@ int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 }  // namespace
 
 CacheShape ShapeOf(const ModelSpec& spec, DType cache_dtype, int page_tokens) {
-  CHECK(!IsQuantised(cache_dtype)) << Info(cache_dtype).name << " is no cache type";
   CacheShape shape;
   shape.page_tokens = page_tokens;
   for (const LayerSpec& layer : spec.layers) {
     const auto* attention = std::get_if<AttentionSpec>(&layer.mixer);
     if (attention == nullptr || layer.cache_of.has_value()) continue;
+    CHECK_EQ(attention->head_dim % Info(cache_dtype).block_elements, 0);
     const int64_t bytes =
         2 * BytesOf(cache_dtype, int64_t{attention->kv_heads} * page_tokens * attention->head_dim);
     (attention->window ? shape.ring_page_bytes : shape.paged_page_bytes) += bytes;

@@ -29,8 +29,8 @@ struct CacheShape {
   int window = 0;                // W; layers with different windows use the largest ring
   int ring_slots = 0;            // ceil((W - 1) / page_tokens) + 1
 };
-// cache_dtype is a plain type. Page bytes are rounded up to kPageUnitBytes. Layers that read
-// another layer's cache, and recurrent ones, add nothing.
+// Heads are whole blocks of cache_dtype. Page bytes are rounded up to kPageUnitBytes. Layers that
+// read another layer's cache, and recurrent ones, add nothing.
 CacheShape ShapeOf(const ModelSpec& spec, DType cache_dtype, int page_tokens);
 
 // The closed form: what a sequence of `tokens` tokens occupies.

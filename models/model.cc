@@ -146,6 +146,7 @@ absl::StatusOr<std::unique_ptr<Model>> Model::Load(std::shared_ptr<const Checkpo
                                                  absl::StrJoin(missing, ", "), ", which ",
                                                  backend.name(), " does not have"));
   }
+  if (absl::Status whole = spec->ValidateCache(options.cache_dtype); !whole.ok()) return whole;
   if (absl::Status fits = CheckMemory(*checkpoint, backend); !fits.ok()) return fits;
   std::unique_ptr<Model> model(new Model(*std::move(spec), options, backend));
   model->checkpoint_ = std::move(checkpoint);

@@ -20,7 +20,7 @@ struct ModelOptions {
   int max_rows = 2048;  // of one step; sizes the workspace
   int max_logit_rows =
       256;  // rows beyond this are computed in further passes of the output product
-  DType cache_dtype = DType::kBF16;  // BF16 or F32
+  DType cache_dtype = DType::kBF16;  // BF16, F32 or, on a CPU, Q8_0
 };
 
 class Model {

@@ -130,6 +130,18 @@ absl::Status ModelSpec::Validate() const {
   return absl::OkStatus();
 }
 
+absl::Status ModelSpec::ValidateCache(DType cache_dtype) const {
+  const int block = Info(cache_dtype).block_elements;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const auto* attention = std::get_if<AttentionSpec>(&layers[i].mixer);
+    if (attention == nullptr || attention->head_dim % block == 0) continue;
+    return absl::InvalidArgumentError(
+        absl::StrCat("layer ", i, ": head_dim is ", attention->head_dim, ", keys and values in ",
+                     Info(cache_dtype).name, " need a multiple of ", block));
+  }
+  return absl::OkStatus();
+}
+
 int ModelSpec::window() const {
   int largest = 0;
   for (const LayerSpec& layer : layers) {

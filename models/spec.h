@@ -91,6 +91,8 @@ struct ModelSpec {
   // Checks every bound (sizes positive and multiplying within int32, heads divisible by kv_heads,
   // finite floats, …): InvalidArgument names the layer, the field, its value and the limit.
   absl::Status Validate() const;
+  // InvalidArgument where a head's keys and values are not whole blocks of `cache_dtype`.
+  absl::Status ValidateCache(DType cache_dtype) const;
   // Largest window over its window layers; 0 when it has none.
   int window() const;
   int64_t parameters() const;  // computed from the shapes, tied weights once

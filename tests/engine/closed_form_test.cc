@@ -1,5 +1,7 @@
 // The closed form, the allocator and the gauges are one: over random models, page sizes and
 // lengths.
+#include <utility>
+
 #include "engine/kv_cache.h"
 #include "gtest/gtest.h"
 #include "models/spec.h"
@@ -11,12 +13,13 @@ namespace {
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // bytes(L) = Σ_full ceil(L / P) pages + Σ_window min(ceil(L / P), ceil((W - 1) / P) + 1) pages, as
-// design says it: layer by layer, pages rounded up to their unit per kind.
-int64_t PlainBytes(const std::vector<CacheLayer>& layers, int element_bytes, int page_tokens,
+// design says it: layer by layer, pages rounded up to their unit per kind. An element takes some
+// sixteenths of a byte.
+int64_t PlainBytes(const std::vector<CacheLayer>& layers, int sixteenths, int page_tokens,
                    int64_t tokens) {
   int64_t full = 0, window = 0, widest = 0;
   for (const CacheLayer& layer : layers) {
-    const int64_t per_token = 2 * layer.kv_heads * layer.head_dim * element_bytes;
+    const int64_t per_token = 2 * layer.kv_heads * layer.head_dim * sixteenths / 16;
     (layer.window > 0 ? window : full) += per_token * page_tokens;
     widest = std::max<int64_t>(widest, layer.window);
   }
@@ -26,19 +29,21 @@ int64_t PlainBytes(const std::vector<CacheLayer>& layers, int element_bytes, int
 }
 
 TEST(ClosedForm, EqualsTheAllocatorAndTheGaugesToTheByte) {
+  constexpr std::pair<DType, int> kTypes[] = {
+      {DType::kF32, 64}, {DType::kBF16, 32}, {DType::kQ8_0, 17}};
   Random random(3);
   for (int round = 0; round < 300; ++round) {
-    const std::vector<CacheLayer> layers = RandomLayers(random, /*same_window=*/round % 2);
+    std::vector<CacheLayer> layers = RandomLayers(random, /*same_window=*/round % 2);
     const int page_tokens = Pick(random, 1, 20);
-    const DType dtype = Pick(random, 0, 1) ? DType::kBF16 : DType::kF32;
-    const int element_bytes = dtype == DType::kBF16 ? 2 : 4;
+    const auto [dtype, sixteenths] = kTypes[Pick(random, 0, 2)];
+    for (CacheLayer& layer : layers) layer.head_dim *= Info(dtype).block_elements;
     HostBackend backend;
     const auto cache =
         *KvCache::Create(backend, CacheSpec(layers), dtype, page_tokens, 1 << 20, 8, 1000);
     int64_t expected = 0;
     for (int s = 0; s < 8; ++s) {
       const int64_t tokens = Pick(random, 0, 1000);
-      const int64_t bytes = PlainBytes(layers, element_bytes, page_tokens, tokens);
+      const int64_t bytes = PlainBytes(layers, sixteenths, page_tokens, tokens);
       ASSERT_EQ(DemandOf(cache->shape(), tokens).bytes, bytes);
       const SequenceId sequence = cache->Open();
       int64_t reached = 0;
@@ -47,7 +52,7 @@ TEST(ClosedForm, EqualsTheAllocatorAndTheGaugesToTheByte) {
         if (!cache->Reserve(sequence, next)) break;
         cache->Commit(sequence, reached = next);
       }
-      expected += PlainBytes(layers, element_bytes, page_tokens, reached);
+      expected += PlainBytes(layers, sixteenths, page_tokens, reached);
       const CacheUsage usage = cache->Usage();
       ASSERT_EQ(usage.used_bytes, expected);
       ASSERT_EQ(usage.paged_pages_used * cache->shape().paged_page_bytes +

@@ -10,5 +10,11 @@ TEST(DeterministicOnTheCpu, ARequestsTokensAreItsOwn) {
   law.ExpectTheSameAfterPreemption();
 }
 
+TEST(DeterministicOnTheCpu, ARequestsTokensAreItsOwnFromQ8_0Too) {
+  testing::DeterministicLaw law(Backend::Cpu({.threads = 2}), DType::kQ8_0);
+  law.ExpectTheSameAmongNeighbours(37);
+  law.ExpectTheSameAfterPreemption();
+}
+
 }  // namespace
 }  // namespace longspan

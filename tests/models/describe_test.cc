@@ -43,6 +43,9 @@ TEST(Describe, GivesTheClosedFormExactly) {
               HasSubstr("= 51,200 bytes (50.0 KiB)"));
   EXPECT_THAT(Describe(DefaultModel(), FullOpTable(), DType::kF32, 4096),
               HasSubstr("= 21,299,200 bytes (20.3 MiB)"));
+  // Of 64 numbers two blocks of 34 bytes.
+  EXPECT_THAT(Describe(DefaultModel(), FullOpTable(), DType::kQ8_0, 4096),
+              HasSubstr("(Q8_0): 5 x 4,096 x 272 + 5 x min(4,096, 64) x 272 = 5,657,600 bytes"));
 }
 
 TEST(Describe, ShowsStatesSharedCachesAndWhatIsMissing) {

@@ -103,22 +103,24 @@ class Forward : public ::testing::TestWithParam<Setting> {
  protected:
   Forward()
       : backend_(Backend::Cpu({.threads = 2, .simd = GetParam().simd})),
-        model_(LoadTestModel(testing::SourcePath(std::string("tests/golden/") + GetParam().model),
-                             *backend_, GetParam().cache)) {}
+        model_(LoadTestModel(Path(), *backend_, GetParam().cache)) {}
+  static std::string Path() { return testing::SourcePath(GetParam().model); }
   std::vector<int32_t> Tokens(int count, uint32_t seed) const {
     return RandomTokens(count, model_->spec().vocab, seed);
   }
   std::unique_ptr<Backend> backend_;
   std::unique_ptr<Model> model_;
 };
-INSTANTIATE_TEST_SUITE_P(Models, Forward,
-                         ::testing::Values(Setting{"swa_hybrid_nope", "", DType::kBF16},
-                                           Setting{"swa_hybrid_scaled", "portable", DType::kBF16},
-                                           Setting{"gemma3_linear_rope", "", DType::kF32}),
-                         [](const auto& info) {
-                           return std::string(info.param.model) + "_" +
-                                  (*info.param.simd ? info.param.simd : "best");
-                         });
+INSTANTIATE_TEST_SUITE_P(
+    Models, Forward,
+    ::testing::Values(Setting{"tests/golden/swa_hybrid_nope", "", DType::kBF16},
+                      Setting{"tests/golden/swa_hybrid_scaled", "portable", DType::kBF16},
+                      Setting{"tests/golden/gemma3_linear_rope", "", DType::kF32},
+                      Setting{"models/default", "", DType::kQ8_0}),
+    [](const auto& info) {
+      return std::filesystem::path(info.param.model).filename().string() + "_" +
+             (*info.param.simd ? info.param.simd : "best");
+    });
 
 TEST_P(Forward, ChunkingChangesNoBitOfLogitsAndCaches) {
   const std::vector<int32_t> tokens = Tokens(150, 1);
@@ -174,9 +176,7 @@ TEST_P(Forward, ThreadsAndPageSizeChangeNoBit) {
   ModelRunner here(*backend_, *model_, 1, 128);
   const std::vector<float> expected = here.Feed(0, tokens, 30);
   const auto single = Backend::Cpu({.threads = 1, .simd = GetParam().simd});
-  const auto model =
-      LoadTestModel(testing::SourcePath(std::string("tests/golden/") + GetParam().model), *single,
-                    GetParam().cache);
+  const auto model = LoadTestModel(Path(), *single, GetParam().cache);
   ModelRunner there(*single, *model, 1, 128, /*page_tokens=*/32);
   EXPECT_EQ(there.Feed(0, tokens, 30), expected);
 }
@@ -247,11 +247,11 @@ std::string WithConfig(const std::string& key, const nlohmann::json& value) {
   return to;
 }
 
-absl::Status LoadStatus(const std::string& path) {
+absl::Status LoadStatus(const std::string& path, const ModelOptions& options = {}) {
   const auto backend = Backend::Cpu({.threads = 1});
   auto checkpoint = Checkpoint::Open(path);
   if (!checkpoint.ok()) return checkpoint.status();
-  return Model::Load(*std::move(checkpoint), *backend, {}).status();
+  return Model::Load(*std::move(checkpoint), *backend, options).status();
 }
 
 TEST(ModelLoad, NamesATensorWhoseShapeIsNotTheConfigs) {
@@ -266,6 +266,14 @@ TEST(ModelLoad, NamesATensorThatIsMissing) {
   const absl::Status status = LoadStatus(WithConfig("tie_word_embeddings", false));
   EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
   EXPECT_THAT(std::string(status.message()), HasSubstr("lm_head.weight"));
+}
+
+TEST(ModelLoad, RefusesCachesOfBlocksThatHeadsDoNotFill) {
+  const absl::Status status = LoadStatus(testing::SourcePath("tests/golden/swa_hybrid_nope"),
+                                         {.cache_dtype = DType::kQ8_0});
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("head_dim is 8, "));
+  EXPECT_THAT(std::string(status.message()), HasSubstr("a multiple of 32"));
 }
 
 TEST(ModelLoad, RefusesByNameWhatNoOpCan) {

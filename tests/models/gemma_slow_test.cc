@@ -40,12 +40,12 @@ TEST_F(Gemma270M, TokenizesTheTextAsTheReferenceDoes) {
 }
 
 // The text is longer than the window of 512, so both kinds of layer are at work.
-TEST_F(Gemma270M, PerplexityIsThatOfTheDequantisedWeights) {
+void ExpectPerplexityOfTheDequantisedWeights(Backend& backend, Model& model) {
   const auto golden = testing::ReadGolden("gemma_perplexity/golden.json");
   const auto tokens = golden["tokens"].get<std::vector<int32_t>>();
   const auto likely = golden["most_likely"].get<std::vector<int64_t>>();
-  const int vocab = loaded_->model->spec().vocab;
-  testing::ModelRunner runner(*backend_, *loaded_->model, 1, 2048);
+  const int vocab = model.spec().vocab;
+  testing::ModelRunner runner(backend, model, 1, 2048);
   double nll = 0;
   int agreements = 0;
   for (size_t at = 0; at + 1 < tokens.size(); at += 256) {
@@ -64,11 +64,21 @@ TEST_F(Gemma270M, PerplexityIsThatOfTheDequantisedWeights) {
   const double count = static_cast<double>(tokens.size() - 1);
   const double perplexity = std::exp(nll / count);
   const double expected = golden["perplexity"].get<double>();
-  RecordProperty("perplexity", std::to_string(perplexity));
-  RecordProperty("same_most_likely_token", std::to_string(agreements / count));
+  ::testing::Test::RecordProperty("perplexity", std::to_string(perplexity));
+  ::testing::Test::RecordProperty("same_most_likely_token", std::to_string(agreements / count));
   EXPECT_NEAR(perplexity, expected, 0.005 * expected);
   // 8-bit activations turn a choice between near-equal tokens now and then, no more.
   EXPECT_GE(agreements / count, 0.95);
+}
+
+TEST_F(Gemma270M, PerplexityIsThatOfTheDequantisedWeights) {
+  ExpectPerplexityOfTheDequantisedWeights(*backend_, *loaded_->model);
+}
+
+TEST_F(Gemma270M, PerplexityWithKeysAndValuesInEightBitsIsToo) {
+  const auto model =
+      testing::LoadTestModel(testing::GemmaFile(), *backend_, DType::kQ8_0, /*max_rows=*/256);
+  ExpectPerplexityOfTheDequantisedWeights(*backend_, *model);
 }
 
 // Where and why the two part: tests/golden/gemma_greedy/README.md. The widest gap found there is

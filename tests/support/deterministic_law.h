@@ -19,8 +19,9 @@ namespace longspan::testing {
 // The shipped model on one backend, and what 13 random requests get each alone.
 class DeterministicLaw {
  public:
-  explicit DeterministicLaw(std::unique_ptr<Backend> backend) : backend_(std::move(backend)) {
-    auto loaded = LoadModel(SourcePath("models/default"), *backend_, {});
+  explicit DeterministicLaw(std::unique_ptr<Backend> backend, DType cache_dtype = DType::kBF16)
+      : backend_(std::move(backend)) {
+    auto loaded = LoadModel(SourcePath("models/default"), *backend_, {.cache_dtype = cache_dtype});
     CHECK(loaded.ok()) << loaded.status();
     model_ = *std::move(loaded);
     for (int i = 0; i < kRequests; ++i) requests_.push_back(Random(i));
