@@ -82,7 +82,7 @@ class OfflineBench {
     EngineStats stats;  // at the end, while the decoders decode
     OpCounts ops, timed_ops;
   };
-  absl::StatusOr<LoadedModel> Load() const;
+  absl::StatusOr<LoadedModel> Load(DType cache_dtype) const;
   int max_context() const { return engine_->options().max_context; }
   int64_t BytesPerStep(const Workload& work) const;
   absl::StatusOr<Run> Once(const Workload& work);
@@ -94,10 +94,10 @@ class OfflineBench {
   int runs_ = 0;
 };
 
-absl::StatusOr<LoadedModel> OfflineBench::Load() const {
+absl::StatusOr<LoadedModel> OfflineBench::Load(DType cache_dtype) const {
   ModelOptions model_options;
   model_options.max_rows = options_.max_batched_tokens;
-  model_options.cache_dtype = options_.kv_dtype == "f32" ? DType::kF32 : DType::kBF16;
+  model_options.cache_dtype = cache_dtype;
   if (!options_.shape.empty()) {
     const auto config = ShapePath(options_.shape);
     if (!config.ok()) return config.status();
@@ -115,13 +115,15 @@ absl::StatusOr<LoadedModel> OfflineBench::Load() const {
 absl::StatusOr<std::unique_ptr<OfflineBench>> OfflineBench::Open(
     const BenchOptions& options, const std::vector<Workload>& works) {
   std::unique_ptr<OfflineBench> bench(new OfflineBench(options));
+  const auto cache_dtype = KvDtypeOf(options.kv_dtype, options.device);
+  if (!cache_dtype.ok()) return cache_dtype.status();
   auto device = OpenDevice({.device = options.device,
                             .threads = options.threads,
                             .simd = options.simd,
                             .deterministic = options.deterministic});
   if (!device.ok()) return device.status();
   bench->backend_ = *std::move(device);
-  auto loaded = bench->Load();
+  auto loaded = bench->Load(*cache_dtype);
   if (!loaded.ok()) return loaded.status();
   bench->loaded_ = *std::move(loaded);
   EngineOptions engine_options;

@@ -55,7 +55,7 @@ int RunBench(int argc, char** argv) {
   flags.Bytes("cache-bytes", &options.cache_bytes,
               "cache memory; 0 is what serve takes, on a GPU 0.9 of what the weights leave");
   flags.Int("page-tokens", &options.page_tokens, "tokens of a cache page, as in serve", 1, 1024);
-  flags.Choice("kv-dtype", &options.kv_dtype, {"bf16", "f32"}, "type of cached keys and values");
+  KvDtypeFlag(flags, &options.kv_dtype);
   flags.Bool("deterministic", &options.deterministic, "as in serve: what it costs on a GPU");
   flags.Choice("attention-metrics", &options.attention_metrics, {"off", "layer", "head"},
                "attention spans, as in serve");

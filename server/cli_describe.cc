@@ -6,6 +6,7 @@
 #include "models/family.h"
 #include "server/cli.h"
 #include "server/config.h"
+#include "server/device.h"
 #include "server/flags.h"
 
 namespace longspan {
@@ -20,7 +21,7 @@ int RunDescribe(int argc, char** argv) {
       "bytes it takes. Without MODEL: the default model.");
   flags.String("shape", &shape, "NAME", "a public model's shape, as in bench, instead of MODEL");
   flags.Int64("context", &context, "count bytes for this many tokens; 0 is the model's context", 0);
-  flags.Choice("kv-dtype", &kv_dtype, {"bf16", "f32"}, "type of cached keys and values");
+  KvDtypeFlag(flags, &kv_dtype);
   flags.Bool("json", &json, "as one JSON object");
   flags.Epilogue("Example:\n  longspan describe models/downloads/gemma-3-270m.gguf --context 32k");
   std::vector<std::string> paths;
@@ -43,12 +44,18 @@ int RunDescribe(int argc, char** argv) {
     return 1;
   }
   const auto backend = Backend::Cpu({.threads = 1});
-  const DType cache_dtype = kv_dtype == "f32" ? DType::kF32 : DType::kBF16;
+  const auto cache_dtype = KvDtypeOf(kv_dtype, "cpu");
+  const absl::Status cached =
+      cache_dtype.ok() ? spec->ValidateCache(*cache_dtype) : cache_dtype.status();
+  if (!cached.ok()) {
+    std::cerr << "longspan describe: " << cached.message() << "\n";
+    return 1;
+  }
   if (context == 0) context = spec->max_context;
   if (json) {
-    std::cout << DescribeJson(*spec, backend->ops(), cache_dtype, context) << "\n";
+    std::cout << DescribeJson(*spec, backend->ops(), *cache_dtype, context) << "\n";
   } else {
-    std::cout << Describe(*spec, backend->ops(), cache_dtype, context);
+    std::cout << Describe(*spec, backend->ops(), *cache_dtype, context);
   }
   return MissingFor(*spec, backend->ops()).empty() ? 0 : 1;
 }

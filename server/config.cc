@@ -24,7 +24,7 @@ std::optional<int> ReadConfig(int argc, char** argv, ServerConfig* config) {
   flags.String("device", &c.device, "cpu|cuda:N", "where it runs");
   flags.Int("threads", &c.threads, "CPU threads; 0 is one per usable core", 0, 1024);
   SimdFlag(flags, &c.simd);
-  flags.Choice("kv-dtype", &c.kv_dtype, {"bf16", "f32"}, "type of cached keys and values");
+  KvDtypeFlag(flags, &c.kv_dtype);
   flags.Bool(
       "deterministic", &c.deterministic,
       "a request's tokens are the same to the bit whatever else runs; slower on a GPU, a CPU "

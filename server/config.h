@@ -27,7 +27,7 @@ struct ServerConfig {
   int threads = 0;                // 0: one per core that the process may run on
   std::string simd = kBestSimd;   // DeviceOptions::simd
   bool deterministic = false;     // CudaOptions::deterministic
-  std::string kv_dtype = "bf16";  // half of f32's memory; or "f32"
+  std::string kv_dtype = "bf16";  // as KvDtypeOf()
   int max_batched_tokens = 512;   // a step: long enough to fill a core, short enough to decode
   int max_running = 64;
   int max_queued_requests = 1024;

@@ -26,4 +26,9 @@ absl::StatusOr<std::unique_ptr<Backend>> OpenDevice(const DeviceOptions& options
 // --simd, the same in every command that opens a device.
 void SimdFlag(Flags& flags, std::string* simd);
 
+// --kv-dtype, the same in every command.
+void KvDtypeFlag(Flags& flags, std::string* kv_dtype);
+// The type that it names; InvalidArgument where that is none, or none that the device computes on.
+absl::StatusOr<DType> KvDtypeOf(absl::string_view kv_dtype, absl::string_view device);
+
 }  // namespace longspan

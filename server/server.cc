@@ -86,6 +86,8 @@ absl::Status Server::Impl::Load(const std::function<void()>& request_shutdown) {
     if (!path.ok()) return path.status();
     config.model = *path;
   }
+  const auto cache_dtype = KvDtypeOf(config.kv_dtype, config.device);
+  if (!cache_dtype.ok()) return cache_dtype.status();
   auto opened = OpenDevice({.device = config.device,
                             .threads = config.threads,
                             .simd = config.simd,
@@ -96,7 +98,7 @@ absl::Status Server::Impl::Load(const std::function<void()>& request_shutdown) {
   ModelOptions options;
   options.max_rows = config.max_batched_tokens;
   options.max_logit_rows = std::max(options.max_logit_rows, config.max_running);
-  options.cache_dtype = config.kv_dtype == "f32" ? DType::kF32 : DType::kBF16;
+  options.cache_dtype = *cache_dtype;
   auto loaded = LoadModel(config.model, *backend, options);
   // Not InvalidArgument: the command was used rightly, the file is not good.
   if (!loaded.ok()) return absl::FailedPreconditionError(loaded.status().message());

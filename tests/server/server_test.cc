@@ -828,6 +828,8 @@ TEST(ServerLife, SaysWhatItCannotStartWith) {
   EXPECT_THAT(Refusal([](auto& c) { c.model = "/nowhere"; }), HasSubstr("/nowhere"));
   EXPECT_THAT(Refusal([](auto& c) { c.device = "tpu"; }), HasSubstr("--device is 'tpu'"));
   EXPECT_THAT(Refusal([](auto& c) { c.device = "cuda:x"; }), HasSubstr("cuda:x"));
+  EXPECT_THAT(Refusal([](auto& c) { c.device = "cuda:0", c.kv_dtype = "q8_0"; }),
+              HasSubstr("--kv-dtype q8_0: --device cuda:0 "));
   EXPECT_THAT(Refusal([](auto& c) { c.cache_bytes = 1; }), HasSubstr("1"));
   for (const char* address : {"127.0.0.1:99999", "127.0.0.1:-1", "127.0.0.1:", "nonsense"}) {
     for (auto field : {&ServerConfig::grpc, &ServerConfig::http}) {
@@ -837,6 +839,28 @@ TEST(ServerLife, SaysWhatItCannotStartWith) {
   }
   EXPECT_THAT(Refusal([](auto& c) { c.grpc = "256.0.0.1:1", c.insecure = true; }),
               HasSubstr("256.0.0.1:1"));
+}
+
+TEST(ServerLife, KeepsKeysAndValuesInEightBitsWhereAsked) {
+  ServerConfig config = TestConfig();
+  config.kv_dtype = "q8_0";
+  TestServer server(config);
+  auto stub = server.inference();
+  grpc::ClientContext context;
+  v1::CompleteResponse response;
+  ASSERT_TRUE(stub->Complete(&context, Prompt("Once upon a time", 12), &response).ok());
+  EXPECT_EQ(response.usage().completion_tokens(), 12u);
+  // A ring of 64 that is full: 5 pages of 16 tokens in each of 5 layers, keys and values of 2 heads
+  // of two blocks.
+  constexpr double kRing = 5 * 16 * 5 * 2 * 2 * 2 * 34;
+  LongRequest request(*stub, "long");
+  const absl::Time limit = absl::Now() + absl::Seconds(5);
+  double used = 0;
+  while ((used = server.Metric("longspan_kv_used_bytes{kind=\"ring\"}")) != kRing) {
+    ASSERT_LT(absl::Now(), limit) << used;
+  }
+  request.Cancel();
+  EXPECT_EQ(request.Rest().error_code(), grpc::CANCELLED);
 }
 
 TEST(ServerLife, AttentionOffComputesAndShowsNone) {
