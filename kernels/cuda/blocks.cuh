@@ -15,6 +15,7 @@
 
 #include <cstdint>
 
+#include "kernels/cuda/tensor_cores.cuh"
 #include "kernels/dtype.h"
 
 namespace longspan::cuda {
@@ -24,6 +25,24 @@ constexpr int kStripRows = 16;
 __device__ __forceinline__ float ToHalf(uint32_t bits) {
   return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
 }
+
+// Where LoadUnit() finds a strip: in memory that no kernel writes meanwhile, or in shared memory.
+// Read() gives element `index` of those that begin at `byte`; of one number compilers make slower
+// addresses.
+struct InMemory {
+  const uint8_t* strip;
+  template <class T>
+  __device__ __forceinline__ T Read(int byte, int index) const {
+    return __ldg(reinterpret_cast<const T*>(strip + byte) + index);
+  }
+};
+struct InShared {
+  uint32_t strip;
+  template <class T>
+  __device__ __forceinline__ T Read(int byte, int index) const {
+    return LoadShared<T>(strip + byte + index * int{sizeof(T)});
+  }
+};
 
 // One block in its strip, byte by byte.
 template <class Format>
@@ -68,8 +87,9 @@ __device__ __forceinline__ int WordAt(int part, int w) {
 }
 
 // Scales of two rows, F16, that lie side by side.
-__device__ __forceinline__ float ScaleOf(const uint8_t* scales, int row) {
-  return ToHalf(__ldg(reinterpret_cast<const uint16_t*>(scales) + row));
+template <class Strip>
+__device__ __forceinline__ float ScaleOf(Strip scales, int row) {
+  return ToHalf(scales.template Read<uint16_t>(0, row));
 }
 
 // In a strip: scales; words.
@@ -86,8 +106,9 @@ struct BlocksQ8_0 {
     return block.Half(0) * block.Signed(2 + i);
   }
   static __device__ int Group(int, int) { return 0; }
-  static __device__ void LoadUnit(const uint8_t* strip, int, int lane, Unit* rows) {
-    const uint4 q = __ldg(reinterpret_cast<const uint4*>(strip + 32) + lane);
+  template <class Strip>
+  static __device__ void LoadUnit(Strip strip, int, int lane, Unit* rows) {
+    const uint4 q = strip.template Read<uint4>(32, lane);
     const uint32_t words[4] = {q.x, q.y, q.z, q.w};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -113,8 +134,9 @@ struct BlocksQ4_0 {
     return block.Half(0) * ((block[2 + i % 16] >> 4 * (i / 16) & 15) - 8);
   }
   static __device__ int Group(int, int) { return 0; }
-  static __device__ void LoadUnit(const uint8_t* strip, int, int lane, Unit* rows) {
-    const uint2 q = __ldg(reinterpret_cast<const uint2*>(strip + 32) + lane);
+  template <class Strip>
+  static __device__ void LoadUnit(Strip strip, int, int lane, Unit* rows) {
+    const uint2 q = strip.template Read<uint2>(32, lane);
     const uint32_t words[2] = {q.x, q.y};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -142,14 +164,14 @@ struct BlocksQ5_0 {
     return block.Half(0) * (((block[6 + i % 16] >> 4 * (i / 16) & 15) | high << 4) - 16);
   }
   static __device__ int Group(int, int) { return 0; }
-  static __device__ void LoadUnit(const uint8_t* strip, int, int lane, Unit* rows) {
-    const uint2 q = __ldg(reinterpret_cast<const uint2*>(strip + 96) + lane);
+  template <class Strip>
+  static __device__ void LoadUnit(Strip strip, int, int lane, Unit* rows) {
+    const uint2 q = strip.template Read<uint2>(96, lane);
     const uint32_t words[2] = {q.x, q.y};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = lane / 4 + 8 * r;
-      const uint32_t high =
-          __ldg(reinterpret_cast<const uint32_t*>(strip + 32) + row) >> 4 * (lane % 4);
+      const uint32_t high = strip.template Read<uint32_t>(32, row) >> 4 * (lane % 4);
       rows[r].words[0][0] = Minus((words[r] & 0x0f0f0f0fu) | FifthBits(high & 15), 0x10101010u);
       rows[r].words[0][1] =
           Minus((words[r] >> 4 & 0x0f0f0f0fu) | FifthBits(high >> 16 & 15), 0x10101010u);
@@ -208,8 +230,9 @@ struct BlocksQ4_K {
     return block.Half(0) * scale * q - block.Half(2) * min;
   }
   static __device__ int Group(int unit, int g) { return 2 * unit + g; }
-  static __device__ void LoadUnit(const uint8_t* strip, int unit, int lane, Unit* rows) {
-    const uint4 q = __ldg(reinterpret_cast<const uint4*>(strip + 256 + 512 * unit) + lane);
+  template <class Strip>
+  static __device__ void LoadUnit(Strip strip, int unit, int lane, Unit* rows) {
+    const uint4 q = strip.template Read<uint4>(256 + 512 * unit, lane);
     const uint32_t words[4] = {q.x, q.y, q.z, q.w};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -218,7 +241,7 @@ struct BlocksQ4_K {
         rows[r].words[0][w] = static_cast<int>(words[2 * r + w] & 0x0f0f0f0fu);
         rows[r].words[1][w] = static_cast<int>(words[2 * r + w] >> 4 & 0x0f0f0f0fu);
       }
-      const Header header = {__ldg(reinterpret_cast<const uint4*>(strip) + lane / 4 + 8 * r)};
+      const Header header = {strip.template Read<uint4>(0, lane / 4 + 8 * r)};
       header.Scales(unit, &rows[r]);
     }
   }
@@ -244,9 +267,10 @@ struct BlocksQ5_K {
     return block.Half(0) * scale * q - block.Half(2) * min;
   }
   static __device__ int Group(int unit, int g) { return 2 * unit + g; }
-  static __device__ void LoadUnit(const uint8_t* strip, int unit, int lane, Unit* rows) {
-    const uint4 h = __ldg(reinterpret_cast<const uint4*>(strip + 256) + lane);
-    const uint4 q = __ldg(reinterpret_cast<const uint4*>(strip + 768 + 512 * unit) + lane);
+  template <class Strip>
+  static __device__ void LoadUnit(Strip strip, int unit, int lane, Unit* rows) {
+    const uint4 h = strip.template Read<uint4>(256, lane);
+    const uint4 q = strip.template Read<uint4>(768 + 512 * unit, lane);
     const uint32_t words[4] = {q.x, q.y, q.z, q.w}, high[4] = {h.x, h.y, h.z, h.w};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -257,7 +281,7 @@ struct BlocksQ5_K {
         rows[r].words[1][w] =
             static_cast<int>((four >> 4 & 0x0f0f0f0fu) | (fifth & 0x02020202u) << 3);
       }
-      const Header header = {__ldg(reinterpret_cast<const uint4*>(strip) + lane / 4 + 8 * r)};
+      const Header header = {strip.template Read<uint4>(0, lane / 4 + 8 * r)};
       header.Scales(unit, &rows[r]);
     }
   }
@@ -286,9 +310,10 @@ struct BlocksQ6_K {
     return block.Half(kScale) * block.Signed(kScales + i / 16) * ((low | high << 4) - 32);
   }
   static __device__ int Group(int unit, int g) { return unit / 2 * 4 + unit % 2 + 2 * g; }
-  static __device__ void LoadUnit(const uint8_t* strip, int unit, int lane, Unit* rows) {
-    const uint4 h = __ldg(reinterpret_cast<const uint4*>(strip + 288 + 512 * (unit / 2)) + lane);
-    const uint4 q = __ldg(reinterpret_cast<const uint4*>(strip + 1312 + 512 * unit) + lane);
+  template <class Strip>
+  static __device__ void LoadUnit(Strip strip, int unit, int lane, Unit* rows) {
+    const uint4 h = strip.template Read<uint4>(288 + 512 * (unit / 2), lane);
+    const uint4 q = strip.template Read<uint4>(1312 + 512 * unit, lane);
     const uint32_t low[4] = {q.x, q.y, q.z, q.w}, high[4] = {h.x, h.y, h.z, h.w};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -302,8 +327,7 @@ struct BlocksQ6_K {
       const float d = ScaleOf(strip, row);
 #pragma unroll
       for (int g = 0; g < 2; ++g) {
-        const uint32_t pair =
-            __ldg(reinterpret_cast<const uint16_t*>(strip + 32 + 16 * row) + Group(unit, g));
+        const uint32_t pair = strip.template Read<uint16_t>(32 + 16 * row, Group(unit, g));
         rows[r].scale[g][0] = d * static_cast<float>(static_cast<int8_t>(pair & 255));
         rows[r].scale[g][1] = d * static_cast<float>(static_cast<int8_t>(pair >> 8));
         rows[r].min[g] = 0;

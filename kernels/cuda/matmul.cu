@@ -56,11 +56,9 @@ int Products(const MatMulArgs& a, Product (&products)[3]) {
   return count;
 }
 
-// Float weights; the fastest form that takes the product.
+// Float weights that are not streamed; the fastest form that takes the product.
 void MultiplyFewRows(BackendContext& context, const Product& p) {
-  if (Streams(context, p)) {
-    MultiplyStream(context, p);
-  } else if (IsSkinny(p)) {
+  if (IsSkinny(p)) {
     MultiplySkinny(context, p);
   } else {
     MultiplyFloats(context, p);
@@ -93,14 +91,19 @@ DType ProductInput(const BackendContext& context, const MatMulArgs& a) {
 bool MultiplyGated(BackendContext& context, const GatedMatMulArgs& a) {
   const View &x = a.product.x, &gate = a.product.parts[0], &up = a.product.parts[1];
   const bool alike = up.dtype == gate.dtype && up.stride[0] == gate.stride[0];
-  if (context.deterministic || !alike || IsQuantised(gate.dtype)) return false;
+  if (context.deterministic || !alike) return false;
   if (x.dtype != DType::kF32 || a.out.dtype != DType::kF32) return false;
   CHECK_EQ(x.shape[0], a.out.shape[0]);
   CHECK_EQ(x.shape[1], gate.shape[1]);
   CHECK_EQ(x.shape[1], up.shape[1]);
   const Product p = {x, gate, a.out, up, a.activation};
-  if (!Streams(context, p) && !IsSkinny(p) && !(p.rows() == 1 && InVectors(p))) return false;
-  MultiplyFewRows(context, p);
+  if (Streams(context, p)) {
+    MultiplyStream(context, p);
+  } else if (!IsQuantised(gate.dtype) && (IsSkinny(p) || (p.rows() == 1 && InVectors(p)))) {
+    MultiplyFewRows(context, p);
+  } else {
+    return false;
+  }
   return true;
 }
 
@@ -126,6 +129,8 @@ void MatMul(BackendContext& context, const MatMulArgs& a) {
     if (InTiles(context, p)) {
       MultiplyTiles(context, p);
       quantised = {};  // its memory was used
+    } else if (!context.deterministic && Streams(context, p)) {
+      MultiplyStream(context, p);
     } else if (IsQuantised(p.weight.dtype)) {
       if (quantised.q == nullptr) {  // once for all parts
         quantised = QuantisedRows::At(context.Workspace(QuantisedRows::Bytes(rows, in)), rows, in);

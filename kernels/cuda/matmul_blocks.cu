@@ -1,18 +1,17 @@
 // Few rows times block weights, straight from their strips: one row by byte dot products, several
 // on the tensor cores. Products of bytes sum exactly over what shares a scale; the rest is fp32, in
 // one order for any several rows.
+#include "kernels/cuda/block_products.cuh"
 #include "kernels/cuda/blocks.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/matmul.h"
 #include "kernels/cuda/numbers.cuh"
-#include "kernels/cuda/tensor_cores.cuh"
 
 namespace longspan::cuda {
 namespace {
 
-constexpr int kQuantiseWarps = 4;              // of a block
-constexpr float kSmallestActivation = 1e-30f;  // below: 127 / largest is not finite
-constexpr int kWarps = 8;                      // of a block that multiplies
+constexpr int kQuantiseWarps = 4;  // of a block
+constexpr int kWarps = 8;          // of a block that multiplies
 
 // A warp for each group of 32.
 __global__ void Quantise(const float* x, int64_t stride, int in, int64_t groups,
@@ -23,25 +22,14 @@ __global__ void Quantise(const float* x, int64_t stride, int in, int64_t groups,
   const int lane = threadIdx.x % kWarp;
   const int64_t per_row = in / kQuantisedGroup, row = group / per_row;
   const float value = x[row * stride + group % per_row * kQuantisedGroup + lane];
-  // Compared as bits, so that a NaN or an infinity is the largest and reaches the scale.
-  const unsigned magnitude = __reduce_max_sync(0xffffffffu, __float_as_uint(fabsf(value)));
-  const float largest = __uint_as_float(magnitude);
-  const bool zero = largest < kSmallestActivation;
-  const int level = __float2int_rn(zero ? 0.0f : value * (127.0f / largest));
+  const ScaleOfX scale(__reduce_max_sync(0xffffffffu, Magnitude(value)));
+  const int level = scale.Level(value);
   out.q[group * kQuantisedGroup + lane] = static_cast<int8_t>(level);
   const int total = __reduce_add_sync(0xffffffffu, level);
   if (lane == 0) {
     out.groups[group % per_row * out.stride + row] =
-        make_float2(zero ? 0.0f : largest / 127.0f, static_cast<float>(total));
+        make_float2(scale.value, static_cast<float>(total));
   }
-}
-
-// The bytes of a group that word 0 and word 1 of a lane's share meet.
-template <class B>
-__device__ __forceinline__ int2 PartOfGroup(const int8_t* group, int part) {
-  if constexpr (B::kAdjacent) return *reinterpret_cast<const int2*>(group + WordAt<B>(part, 0));
-  return make_int2(*reinterpret_cast<const int*>(group + WordAt<B>(part, 0)),
-                   *reinterpret_cast<const int*>(group + WordAt<B>(part, 1)));
 }
 
 struct BlockArgs {
@@ -68,8 +56,8 @@ __global__ void __launch_bounds__(kWarps* kWarp) DotRow(BlockArgs a) {
     for (int s = 0; s < kAhead; ++s) {
       const int u = first + s * kWarps;
       if (u >= units) break;
-      B::LoadUnit(strip + int64_t{u / B::kUnits} * (kStripRows * B::kBytes), u % B::kUnits, lane,
-                  w[s]);
+      B::LoadUnit(InMemory{strip + int64_t{u / B::kUnits} * (kStripRows * B::kBytes)},
+                  u % B::kUnits, lane, w[s]);
     }
   };
   float sum[2] = {};
@@ -160,8 +148,8 @@ __global__ void __launch_bounds__(kWarps* kWarp) DotBlocks(BlockArgs a) {
       if (u >= units) break;
 #pragma unroll
       for (int m = 0; m < kTall; ++m) {
-        B::LoadUnit(strips[m] + int64_t{u / B::kUnits} * (kStripRows * B::kBytes), u % B::kUnits,
-                    lane, w[s][m]);
+        B::LoadUnit(InMemory{strips[m] + int64_t{u / B::kUnits} * (kStripRows * B::kBytes)},
+                    u % B::kUnits, lane, w[s][m]);
       }
     }
   };
@@ -181,29 +169,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) DotBlocks(BlockArgs a) {
           const float4 two = *reinterpret_cast<const float4*>(x_groups[n] + group * a.x.stride);
 #pragma unroll
           for (int m = 0; m < kTall; ++m) {
-            const Unit* rows = w[s][m];
-            int dot[Unit::kScales][4] = {};
-            if constexpr (Unit::kScales == 1) {
-              MultiplyBytes(dot[0],
-                            {rows[0].words[g][0], rows[1].words[g][0], rows[0].words[g][1],
-                             rows[1].words[g][1]},
-                            bytes.x, bytes.y);
-            } else {
-              MultiplyBytes(dot[0], {rows[0].words[g][0], rows[1].words[g][0]}, bytes.x);
-              MultiplyBytes(dot[1], {rows[0].words[g][1], rows[1].words[g][1]}, bytes.y);
-            }
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              const Unit& row = rows[i / 2];
-#pragma unroll
-              for (int half = 0; half < Unit::kScales; ++half) {
-                float value = row.scale[g][half] * static_cast<float>(dot[half][i]);
-                if constexpr (B::kMin) {
-                  value = fmaf(-row.min[g], i % 2 == 0 ? two.y : two.w, value);
-                }
-                sum[m][n][i] = fmaf(i % 2 == 0 ? two.x : two.z, value, sum[m][n][i]);
-              }
-            }
+            AddGroup<B>(w[s][m], g, bytes, two, sum[m][n]);
           }
         }
       }

@@ -27,13 +27,9 @@ __device__ __forceinline__ void SplitBf16(float x, float y, uint32_t* high, uint
               __float2bfloat16_rn(y - __bfloat162float(hy)));
 }
 
-// 16 bytes.
-__device__ __forceinline__ uint4 LoadShared(uint32_t from) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(from));
-  return v;
+template <class T>
+__device__ __forceinline__ T LoadShared(uint32_t from) {
+  return *static_cast<const T*>(__cvta_shared_to_generic(from));
 }
 
 // Four 8 x 8 matrices; lane l gives the address of row l % 8 of matrix l / 8.

@@ -1,10 +1,9 @@
 #pragma once
-// The way of bf16 weights from memory into a block: some warps copy the columns of its items, step
+// The way of weights from memory into a block: some warps copy what its items take of them, step
 // after step, through a ring of stages in shared memory, from which others multiply. For sm_90 and
 // later.
 #include <cstdint>
 
-#include "kernels/cuda/matmul.h"
 #include "kernels/cuda/numbers.cuh"
 #include "kernels/cuda/phases.cuh"
 #include "kernels/cuda/tensor_cores.cuh"
@@ -14,50 +13,45 @@ namespace longspan::cuda {
 // Copies of 1 KB begin one after another in a warp, some 40 ns each on an H100: one warp moves no
 // more than 3.3 TB/s, even out of the L2 cache.
 constexpr int kCopiers = 4;
-constexpr int kItemColumns = 32;
-constexpr int kLeastColumns = 8;         // of a block
+constexpr int kItemColumns = 32;         // of weights, at most
 constexpr int kSlice = 64;               // elements of a column that a warp takes of a stage
 constexpr int kSlices = 8;               // of a stage
 constexpr int kStep = kSlices * kSlice;  // of a column in a stage
-constexpr int kStageRow = kStep * int{sizeof(Bf16)};
-constexpr int kMostStages = 16;  // under way
-constexpr int kLeastRingBytes = 3 * kItemColumns * kStageRow;
+constexpr int kMostStages = 16;          // under way
 static_assert(kItemColumns <= kCopiers * kWarp && kMostStages <= kWarp);
 
-// Where gated, a column of out is one of weights and one of up.
-struct Columns {
-  const Bf16 *weights, *up;
-  int64_t stride;
-  int in, count;
-
-  explicit Columns(const Product& p)
-      : weights(p.weight.as<Bf16>()),
-        up(p.up.as<Bf16>()),
-        stride(p.weight.stride[0]),
-        in(static_cast<int>(p.in())),
-        count(static_cast<int>(p.columns())) {}
+// A product's weights lie in lines: of each, any whole step is one run of memory. A form of them
+// says
+//   kColumns         of a line
+//   Bytes(elements)  of a line, of elements of each of its columns
+//   Share(left, blocks)  lines of each of so many blocks where too few are left for whole items
+// Where gated, a line of out is one of weights and one of up.
+struct Lines {
+  const unsigned char *weights, *up;
+  int64_t stride;  // bytes
+  int in, count;   // elements of a column; lines of out
 };
 
-// What a block makes at a time: items of all blocks follow each other in columns, and those of the
-// last round are as small as gives each block one.
-template <bool kGated>
+// What a block makes at a time: items of all blocks follow each other in lines, and those of the
+// last rounds are smaller, so that each block has some.
+template <class Form, bool kGated>
 struct Item {
-  static constexpr int kMost = kGated ? kItemColumns / 2 : kItemColumns;
-  int first = 0, each = 0;  // columns of out: those of the round's items but its last
-  int columns = 0;          // of this
+  static constexpr int kMost = kItemColumns / Form::kColumns / (kGated ? 2 : 1);
+  int first = 0, each = 0;  // lines of out: those of the round's items but its last
+  int lines = 0;            // of this
   int begin = 0;            // of the round
 
-  __device__ __forceinline__ bool Next(const Columns& a) {
+  __device__ __forceinline__ bool Next(const Lines& a) {
     const int blocks = gridDim.x;
     begin += each * blocks;
     const int left = a.count - begin;
-    each = left >= kMost * blocks ? kMost : max(kLeastColumns, (left + blocks - 1) / blocks);
+    each = left >= kMost * blocks ? kMost : Form::Share(left, blocks);
     first = begin + static_cast<int>(blockIdx.x) * each;
-    columns = min(each, a.count - first);
-    return columns > 0;
+    lines = min(each, a.count - first);
+    return lines > 0;
   }
-  // Columns of weights in a stage: gate's, then up's.
-  __device__ __forceinline__ int StageColumns() const { return kGated ? 2 * each : each; }
+  // Lines of weights in a stage: gate's, then up's.
+  __device__ __forceinline__ int StageLines() const { return kGated ? 2 * each : each; }
 };
 
 // Stages of any size follow each other in the ring; barriers they take in turn. `filled` passes
@@ -107,22 +101,22 @@ struct Stage {
   }
 };
 
-// Of each stage a copier has every so many columns.
-template <bool kGated>
-__device__ __forceinline__ void CopyWeights(const Columns& a, const Ring& ring, int copier) {
+// Of each stage a copier has every so many lines.
+template <class Form, bool kGated>
+__device__ __forceinline__ void CopyWeights(const Lines& a, const Ring& ring, int copier) {
   const int lane = threadIdx.x % kWarp;
-  const int column = lane * kCopiers + copier;
+  const int line = lane * kCopiers + copier;
   const uint64_t once = ReadOnce();
   Stage stage;
   uint32_t oldest = 0;  // of the stages that are not known to be used
   uint32_t begin = 0;   // lane l: of the last stage that is l modulo kWarp
-  for (Item<kGated> item; item.Next(a);) {
-    const uint32_t stage_bytes = item.StageColumns() * kStageRow;
-    const bool of_up = kGated && column >= item.each;
-    const int in_item = of_up ? column - item.each : column;
-    const bool copies = in_item < item.columns;
+  for (Item<Form, kGated> item; item.Next(a);) {
+    const uint32_t stage_bytes = item.StageLines() * Form::Bytes(kStep);
+    const bool of_up = kGated && line >= item.each;
+    const int in_item = of_up ? line - item.each : line;
+    const bool copies = in_item < item.lines;
     const int copied = __popc(__ballot_sync(~0u, copies));
-    const Bf16* from = (of_up ? a.up : a.weights) + (item.first + in_item) * a.stride;
+    const unsigned char* from = (of_up ? a.up : a.weights) + (item.first + in_item) * a.stride;
     for (int k = 0; k < a.in; k += kStep) {
       stage.Place(ring, stage_bytes);
       const uint32_t end = stage.begin + stage_bytes;
@@ -134,37 +128,16 @@ __device__ __forceinline__ void CopyWeights(const Columns& a, const Ring& ring, 
       }
       if (lane == stage.number % kWarp) begin = stage.begin;
       const uint32_t filled = BarrierOf(ring.filled, stage.number);
-      const int bytes = min(kStep, a.in - k) * int{sizeof(Bf16)};
+      const int bytes = Form::Bytes(min(kStep, a.in - k));
       if (lane == 0) ArriveExpecting(filled, copied * bytes);
       __syncwarp();
       if (copies) {
-        CopyBulk(ring.memory + stage.at + column * kStageRow, from + k, bytes, filled, once);
+        CopyBulk(ring.memory + stage.at + line * Form::Bytes(kStep), from + Form::Bytes(k), bytes,
+                 filled, once);
       }
       stage.Next(stage_bytes);
     }
   }
 }
-
-// In a stage, this lane's 16 bytes of either half of a slice. Of odd columns it reads the second
-// half first, so that no two lanes read from one bank.
-struct SliceReader {
-  const uint32_t stage;
-  const int slice, columns;
-
-  __device__ __forceinline__ void Read(int column, uint4 (&halves)[2]) const {
-    const int lane = threadIdx.x % kWarp;
-    const bool odd = lane / 4 % 2 == 1;
-    const int at = min(column + lane / 4, columns - 1);  // beyond the stage's columns the last one
-    const uint32_t from = stage + at * kStageRow + slice * int{sizeof(Bf16)} + lane % 4 * 16;
-    const uint4 a = LoadShared(from + odd * 64), b = LoadShared(from + !odd * 64);
-    halves[0] = Select(odd, a, b);
-    halves[1] = Select(odd, b, a);
-  }
-
- private:
-  static __device__ __forceinline__ uint4 Select(bool second, const uint4& a, const uint4& b) {
-    return {second ? b.x : a.x, second ? b.y : a.y, second ? b.z : a.z, second ? b.w : a.w};
-  }
-};
 
 }  // namespace longspan::cuda

@@ -141,6 +141,14 @@ TEST_F(CudaMatMul, EqualsTheCpusAtModelsShapesAndOddOnes) {
     ExpectSame(DType::kF16, rows, 256, {40});
     ExpectSame(DType::kF32, rows, 260, {24});
   }
+  for (const int64_t rows : {1, 4, 8}) {
+    for (const DType type : {DType::kQ4_K, DType::kQ6_K, DType::kQ8_0}) {
+      ExpectSame(type, rows, 2560, {2048, 1024, 1024});
+      ExpectSame(type, rows, 10240, {640});
+      ExpectSame(type, rows, 21504, {203});  // Gemma 3 27B's: 4 rows of x in parts
+      ExpectSame(type, rows, 256, {9000});   // blocks of threads with several items, and one strip
+    }
+  }
   ExpectSame(DType::kBF16, 2, 64, {20000});  // blocks enough for two tiles each
   ExpectSame(DType::kBF16, 32, 288, {16000, 4001});
 }
@@ -210,19 +218,24 @@ TEST_F(CudaMatMul, ARowIsTheSameBesideAnyFewOthers) {
   }
 }
 
+// Streamed ones among themselves, and all others.
 TEST_F(CudaMatMul, ARowTimesBlocksIsTheSameBesideAnyFewOthers) {
-  constexpr int64_t kRows = 32, kIn = 1280, kColumns = 300;
+  constexpr int64_t kIn = 1280, kColumns = 300;
+  const std::vector<std::pair<int64_t, std::vector<int64_t>>> kinds = {{4, {2, 3}},
+                                                                       {32, {5, 8, 9, 16, 17, 31}}};
   for (const DType type : kWeightTypes) {
     if (!IsQuantised(type)) continue;
-    const std::vector<float> x = RandomFloats(kRows * kIn, random_);
-    const std::vector<Weights> weights = {RandomWeights(type, kColumns, kIn, random_)};
-    const std::vector<float> together = Multiply(*gpu_, x, kRows, weights);
-    for (const int64_t rows : {2, 8, 9, 16, 17, 31}) {
-      for (const int64_t first : {int64_t{0}, int64_t{1}, kRows - rows}) {
-        const std::vector<float> some(x.begin() + first * kIn, x.begin() + (first + rows) * kIn);
-        const std::vector<float> out = Multiply(*gpu_, some, rows, weights);
-        EXPECT_TRUE(std::equal(out.begin(), out.end(), together.begin() + first * kColumns))
-            << Info(type).name << ", " << rows << " rows from " << first;
+    for (const auto& [most, fewer] : kinds) {
+      const std::vector<float> x = RandomFloats(most * kIn, random_);
+      const std::vector<Weights> weights = {RandomWeights(type, kColumns, kIn, random_)};
+      const std::vector<float> together = Multiply(*gpu_, x, most, weights);
+      for (const int64_t rows : fewer) {
+        for (const int64_t first : {int64_t{0}, int64_t{1}, most - rows}) {
+          const std::vector<float> some(x.begin() + first * kIn, x.begin() + (first + rows) * kIn);
+          const std::vector<float> out = Multiply(*gpu_, some, rows, weights);
+          EXPECT_TRUE(std::equal(out.begin(), out.end(), together.begin() + first * kColumns))
+              << Info(type).name << ", " << rows << " rows from " << first << " of " << most;
+        }
       }
     }
   }
