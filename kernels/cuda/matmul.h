@@ -57,7 +57,7 @@ bool Bf16InVectors(const Product& product);
 constexpr int64_t kStreamRows = 8, kStreamBlockRows = 4;
 bool Streams(const BackendContext& context, const Product& product);
 void MultiplyStream(BackendContext& context, const Product& product);
-// Their parts for block weights.
+// What they do for block weights.
 bool StreamsBlocks(const BackendContext& context, const Product& product);
 void MultiplyStreamOfBlocks(BackendContext& context, const Product& product);
 // Two to kSkinnyRows rows of bf16 weights in whole vectors: each weight is read once. A row's

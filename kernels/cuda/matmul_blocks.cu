@@ -1,6 +1,6 @@
-// Few rows times block weights, straight from their strips: one row by byte dot products, several
-// on the tensor cores. Products of bytes sum exactly over what shares a scale; the rest is fp32, in
-// one order for any several rows.
+// Few rows times block weights that are not streamed, straight from their strips: one row by byte
+// dot products, several on the tensor cores. Products of bytes sum exactly over what shares a
+// scale; the rest is fp32, in one order for any several rows.
 #include "kernels/cuda/block_products.cuh"
 #include "kernels/cuda/blocks.cuh"
 #include "kernels/cuda/launch.cuh"

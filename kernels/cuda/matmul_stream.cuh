@@ -5,13 +5,13 @@
 // 27 MB, what an H100's memory gives in 9 us.
 //
 // Weights are the products' rows and x's rows their columns, of which a product has 8. A form says,
-// besides what a ring asks of it, how they are multiplied:
-//   X     x in shared memory, a chunk of its elements at a time: X(memory, rows, chunk);
-//         Bytes(rows, chunk) of it; Load<threads>(x, stride, elements), by so many threads
-//   Sums  of 32 columns in a warp: Add(stage, lines, slice, x, at) adds a slice of a stage in
-//   shared
-//         memory, times x from element `at` of its chunk on; At(i) is that of column i / 2 * 8 +
-//         lane / 4 and row lane % 4 * 2 + i % 2
+// besides what a ring asks of it (weight_ring.cuh):
+//   MostBlocks(lines)  blocks of threads that so many lines of out are worth
+//   X     x in shared memory, a chunk of its elements at a time: X(memory, rows, chunk), of
+//         Bytes(rows, chunk); Load<threads>(x, stride, elements), by so many threads
+//   Sums  of 32 columns, in a warp: Add(stage, lines, slice, x, at) adds a slice of a stage times x
+//         from element `at` of its chunk on; At(i) is the sum of column i / 2 * 8 + lane / 4 and
+//         row lane % 4 * 2 + i % 2
 #include <algorithm>
 #include <cstdint>
 

@@ -20,10 +20,10 @@ constexpr int kStep = kSlices * kSlice;  // of a column in a stage
 constexpr int kMostStages = 16;          // under way
 static_assert(kItemColumns <= kCopiers * kWarp && kMostStages <= kWarp);
 
-// A product's weights lie in lines: of each, any whole step is one run of memory. A form of them
-// says
-//   kColumns         of a line
-//   Bytes(elements)  of a line, of elements of each of its columns
+// A product's weights lie in lines, a column of bf16 or a strip of blocks: of each, any whole step
+// is one run of memory. A form of them says
+//   kColumns             of a line
+//   Bytes(elements)      of a line, with so many elements of each of its columns
 //   Share(left, blocks)  lines of each of so many blocks where too few are left for whole items
 // Where gated, a line of out is one of weights and one of up.
 struct Lines {
