@@ -7,6 +7,8 @@
 #endif
 
 #include <algorithm>
+#include <cstddef>
+#include <cstring>
 
 #include "kernels/cpu/matmul_kernels.h"
 #include "kernels/cpu/prefetch.h"
@@ -61,62 +63,111 @@ LONGSPAN_AVX512 inline __m512 MinsOf(const uint8_t* block, int group) {
                        _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(Load128(bytes))));
 }
 
+// Bytes from a row to the next, and three times as many.
+struct Stride {
+  explicit Stride(int64_t bytes) : once(bytes), thrice(3 * bytes) {}
+  LONGSPAN_INLINE void Settle() { asm("" : "+r"(once), "+r"(thrice)); }
+  int64_t once, thrice;
+};
+
+// What up to eight rows have at one place. Two addresses serve them all, and a stride that arrays
+// share; the compiler, which Settle keeps from it, would have an address for each row and spill
+// most of them.
+template <class T>
+struct Rows {
+  Rows(const void* first, const Stride& stride)
+      : near(static_cast<const std::byte*>(first)), far(near + 4 * stride.once) {}
+  LONGSPAN_INLINE T At(const Stride& stride, int row, int i) const {
+    const std::byte* four = row < 4 ? near : far;
+    T value;
+    std::memcpy(&value,
+                four + (row % 4 == 3 ? stride.thrice : row % 4 * stride.once) + i * sizeof(T),
+                sizeof(T));
+    return value;
+  }
+  LONGSPAN_INLINE void Advance(int count) {
+    near += count * sizeof(T);
+    far += count * sizeof(T);
+    asm("" : "+r"(near), "+r"(far));
+  }
+  const std::byte *near, *far;
+};
+
+// to[i] = -offset * sums[i], whole numbers all.
+LONGSPAN_AVX512 inline void ScaleSums(const float* sums, int64_t count, int offset, int32_t* to) {
+  const __m512 factor = _mm512_set1_ps(static_cast<float>(-offset));
+  for (int64_t i = 0; i < count; i += 16) {
+    const __mmask16 valid =
+        count - i >= 16 ? 0xffff : static_cast<__mmask16>((1u << (count - i)) - 1);
+    const __m512 some = _mm512_maskz_loadu_ps(valid, sums + i);
+    _mm512_mask_storeu_epi32(to + i, valid, _mm512_cvtps_epi32(_mm512_mul_ps(some, factor)));
+  }
+}
+
 // R rows times the 16 outputs of a panel. A 32-bit lane takes four unsigned levels times four
-// signed activations at once, so that all formats stay unsigned and subtract offset * sum
-// afterwards.
+// signed activations at once, so that all formats stay unsigned and start from -offset * sum.
 template <class Format, int R>
 LONGSPAN_AVX512 inline void MultiplyRows(const BlockTile& t, int64_t row) {
   using Packed = PackedPanel<Format>;
   constexpr int kGroup = Format::kGroup;
   constexpr int kGroupsOfRun = 32 / kGroup;
   const int64_t groups = t.in / kGroup;
-  const int8_t* q = t.x.q + row * t.in;
-  const float* x_scale = t.x.scale + row * (t.in / 32);
-  const float* x_sum = (kGroup == 16 ? t.x.sum16 : t.x.sum32) + row * groups;
-  const float* x_scaled_sum = t.x.scaled_sum + row * (t.in / 32);
+  auto* starts = reinterpret_cast<int32_t*>(t.scratch.levels);  // [R, groups]
+  if (Format::kOffset != 0) {
+    ScaleSums((kGroup == 16 ? t.x.sum16 : t.x.sum32) + row * groups, R * groups, Format::kOffset,
+              starts);
+  }
+  Stride of_q(t.in), of_scale(t.in / 8), of_start(4 * groups);
+  Rows<int32_t> q(t.x.q + row * t.in, of_q);
+  Rows<float> x_scale(t.x.scale + row * (t.in / 32), of_scale);
+  Rows<float> x_scaled_sum(t.x.scaled_sum + row * (t.in / 32), of_scale);
+  Rows<int32_t> start(starts, of_start);
   __m512 result[R];
   LONGSPAN_UNROLL
   for (int r = 0; r < R; ++r) result[r] = _mm512_setzero_ps();
   const uint8_t* levels = t.panel;
   const uint8_t* block = t.panel + Packed::ScalesAt(t.in);
   int group = 0;  // of the block
-  for (int64_t run = 0; run < t.in / 32; ++run, levels += Packed::kRunBytes, q += 32) {
+  for (int64_t run = 0; run < t.in / 32; ++run, levels += Packed::kRunBytes) {
     if (row == 0) Prefetch<Packed::kRunShare>(t.panel + run * Packed::kRunShare + kAhead);
     LONGSPAN_UNROLL
     for (int part = 0; part < kGroupsOfRun; ++part, ++group) {
       __m512i dot[R];
       LONGSPAN_UNROLL
-      for (int r = 0; r < R; ++r) dot[r] = _mm512_setzero_si512();
+      for (int r = 0; r < R; ++r) {
+        dot[r] = Format::kOffset == 0
+                     ? _mm512_setzero_si512()
+                     : _mm512_set1_epi32(start.At(kGroup == 32 ? of_scale : of_start, r, part));
+      }
       LONGSPAN_UNROLL
       for (int s = 0; s < kGroup / 4; ++s) {
         const int step = part * (kGroup / 4) + s;
         const __m512i w = UnpackLevels<Format>(levels, step);
         LONGSPAN_UNROLL
         for (int r = 0; r < R; ++r) {
-          int word;
-          std::memcpy(&word, q + r * t.in + 4 * step, 4);
-          dot[r] = _mm512_dpbusd_epi32(dot[r], w, _mm512_set1_epi32(word));
+          dot[r] = _mm512_dpbusd_epi32(dot[r], w, _mm512_set1_epi32(q.At(of_q, r, step)));
         }
       }
-      const int64_t g = run * kGroupsOfRun + part;
       const __m512 scale = ScalesOf<Format>(block, group);
       __m512 min;
       if constexpr (Format::kMin) min = MinsOf<Format>(block, group);
       LONGSPAN_UNROLL
       for (int r = 0; r < R; ++r) {
-        __m512 value = _mm512_cvtepi32_ps(dot[r]);
-        if (Format::kOffset != 0) {
-          value = _mm512_fnmadd_ps(_mm512_set1_ps(x_sum[r * groups + g]),
-                                   _mm512_set1_ps(Format::kOffset), value);
-        }
-        const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(x_scale[r * (t.in / 32) + run]));
-        result[r] = _mm512_fmadd_ps(value, both, result[r]);
+        const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(x_scale.At(of_scale, r, 0)));
+        result[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[r]), both, result[r]);
         if constexpr (Format::kMin) {
           result[r] =
-              _mm512_fnmadd_ps(min, _mm512_set1_ps(x_scaled_sum[r * (t.in / 32) + run]), result[r]);
+              _mm512_fnmadd_ps(min, _mm512_set1_ps(x_scaled_sum.At(of_scale, r, 0)), result[r]);
         }
       }
     }
+    of_q.Settle();
+    of_scale.Settle();
+    q.Advance(8);
+    x_scale.Advance(1);
+    if (Format::kMin) x_scaled_sum.Advance(1);
+    if (Format::kOffset != 0) start.Advance(kGroupsOfRun);
+    if (Format::kOffset != 0 && kGroup != 32) of_start.Settle();
     if (group == Packed::kGroups) {
       group = 0;
       block += Packed::kScaleBytes;
