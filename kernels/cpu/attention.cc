@@ -117,12 +117,15 @@ class Job {
 
   void RunItems(BackendContext& context, int64_t count) const;
   void RunSegments(BackendContext& context, int64_t count, size_t partial_bytes) const;
+  // The tokens of the item that see keys of the block.
+  Item Seeing(const Item& item, int64_t block) const;
   void LoadQueries(const Item& item, float* queries) const;
-  void LoadBlock(const Item& item, int64_t block, int64_t first, int64_t last, float* keys,
+  void LoadBlock(const Item& item, int64_t block, int begin, int end, float* keys,
                  float* values) const;
   void Segment(const Item& item, int segment, std::byte* work, Partial& partial) const;
   void Mask(const Item& item, int64_t block, float* scores) const;
-  void AddSpans(const Item& item, int64_t block, const float* scores, Partial& partial) const;
+  void AddSpans(const Item& item, const Item& seeing, int64_t block, const float* scores,
+                Partial& partial) const;
   void Merge(const Item& item, const Partial& from, Partial& to) const;
   void Finish(const Item& item, const Partial& partial) const;
 
@@ -153,6 +156,16 @@ std::pair<int, int> Job::Observed(const Item& item) const {
   return {static_cast<int>(begin - rows), static_cast<int>(end - rows)};
 }
 
+Item Job::Seeing(const Item& item, int64_t block) const {
+  const int64_t base = block * kBlockKeys;
+  const int64_t end = item.first_position + item.tokens;
+  const int64_t first = std::max(item.first_position, base);
+  const int64_t last = a_.window > 0 ? std::min(end, base + kBlockKeys + a_.window - 1) : end;
+  return {item.sequence, item.kv_head,
+          item.first_row + static_cast<int>(first - item.first_position),
+          static_cast<int>(last - first), first};
+}
+
 void Job::LoadQueries(const Item& item, float* queries) const {
   for (int t = 0; t < item.tokens; ++t) {
     for (int g = 0; g < group_; ++g, queries += padded_) {
@@ -165,32 +178,27 @@ void Job::LoadQueries(const Item& item, float* queries) const {
   }
 }
 
-// Keys and values of positions [first, last) of the block; the rest is zero.
-void Job::LoadBlock(const Item& item, int64_t block, int64_t first, int64_t last, float* keys,
+// Keys and values [begin, end) of the block.
+void Job::LoadBlock(const Item& item, int64_t block, int begin, int end, float* keys,
                     float* values) const {
   const KvView& cache = a_.cache;
   const int64_t base = block * kBlockKeys;
-  const int64_t begin = std::max(first, base), end = std::min(last, base + kBlockKeys);
-  const int64_t start = a_.batch.start[item.sequence];
-  for (float* rows : {keys, values}) {
-    std::fill(rows, rows + (begin - base) * padded_, 0.0f);
-    std::fill(rows + (end - base) * padded_, rows + kBlockKeys * padded_, 0.0f);
-  }
-  for (int64_t position = begin; position < end;) {
+  const int64_t start = a_.batch.start[item.sequence], last = base + end;
+  for (int64_t position = base + begin; position < last;) {
     float* to_keys = keys + (position - base) * padded_;
     float* to_values = values + (position - base) * padded_;
     int count;  // positions that lie evenly spaced from here
     if (position < start) {
       const int row = static_cast<int>(position % cache.page_tokens);
       count = static_cast<int>(
-          std::min<int64_t>(cache.page_tokens - row, std::min(end, start) - position));
+          std::min<int64_t>(cache.page_tokens - row, std::min(last, start) - position));
       const int64_t stride = BytesOf(cache.dtype, dim_);
       const std::byte* at = cache.Page(item.sequence, position) +
                             (int64_t{item.kv_head} * cache.page_tokens + row) * stride;
       tile_.load(cache.dtype, at + cache.key_offset, stride, count, dim_, padded_, to_keys);
       tile_.load(cache.dtype, at + cache.value_offset, stride, count, dim_, padded_, to_values);
     } else {
-      count = static_cast<int>(end - position);
+      count = static_cast<int>(last - position);
       const int64_t row = a_.batch.row_begin[item.sequence] + position - start;
       for (const auto& [from, to] : {std::pair{&a_.key, to_keys}, {&a_.value, to_values}}) {
         tile_.load(from->dtype,
@@ -220,8 +228,10 @@ void Job::Mask(const Item& item, int64_t block, float* scores) const {
   }
 }
 
-void Job::AddSpans(const Item& item, int64_t block, const float* scores, Partial& partial) const {
-  const auto [begin, end] = Observed(item);
+void Job::AddSpans(const Item& item, const Item& seeing, int64_t block, const float* scores,
+                   Partial& partial) const {
+  const int first = Observed(item).first;
+  const auto [begin, end] = Observed(seeing);
   for (int o = begin; o < end; ++o) {
     const int token = a_.spans.rows[o] - item.first_row;
     SpanState::Edges edges;
@@ -233,14 +243,13 @@ void Job::AddSpans(const Item& item, int64_t block, const float* scores, Partial
       edges.probe_count = a_.spans.probe_offsets[o + 1] - a_.spans.probe_offsets[o];
     }
     for (int g = 0; g < group_; ++g) {
-      partial.spans[(o - begin) * group_ + g].Add(
+      partial.spans[(o - first) * group_ + g].Add(
           edges, block * kBlockKeys, scores + (token * group_ + g) * kBlockKeys, simd_);
     }
   }
 }
 
 void Job::Segment(const Item& item, int segment, std::byte* work, Partial& partial) const {
-  const int queries = item.tokens * group_;
   auto* query = reinterpret_cast<float*>(work);
   float* keys = query + static_cast<size_t>(kTileQueries) * padded_;
   float* values = keys + static_cast<size_t>(kBlockKeys) * padded_;
@@ -254,29 +263,28 @@ void Job::Segment(const Item& item, int segment, std::byte* work, Partial& parti
                                          static_cast<int64_t>(segment + 1) * kSegmentKeys);
   for (int64_t block = first / kBlockKeys; block * kBlockKeys < last; ++block) {
     const int64_t base = block * kBlockKeys;
-    LoadBlock(item, block, first, last, keys, values);
-    tile_.scores(query, queries, keys, padded_, scores);
-    Mask(item, block, scores);
-    if (a_.spans.count > 0) AddSpans(item, block, scores, partial);
+    const Item seeing = Seeing(item, block);
+    const int q_begin = (seeing.first_row - item.first_row) * group_;
+    const int q_end = q_begin + seeing.tokens * group_;
+    const int begin =
+        static_cast<int>(std::max<int64_t>(FirstKey(seeing.first_position) - base, 0));
+    const int end = static_cast<int>(
+        std::min<int64_t>(seeing.first_position + seeing.tokens - base, kBlockKeys));
+    LoadBlock(item, block, begin, end, keys, values);
+    float* own_scores = scores + q_begin * kBlockKeys;
+    tile_.scores(query + q_begin * padded_, q_end - q_begin, keys, begin, end, padded_, own_scores);
+    Mask(seeing, block, own_scores);
+    if (a_.spans.count > 0) AddSpans(item, seeing, block, scores, partial);
 
-    for (int q = 0; q < queries; ++q) {
-      const int64_t position = item.first_position + q / group_;
-      float* row = scores + static_cast<size_t>(q) * kBlockKeys;
-      if (position < base || FirstKey(position) >= base + kBlockKeys) {
-        // Nothing visible here for this row: leaves its state as it is.
-        std::fill(row, row + kBlockKeys, 0.0f);
-        rescale[q] = 1;
-        continue;
-      }
+    for (int q = q_begin; q < q_end; ++q) {
       float max, sum;
-      tile_.softmax(row, partial.max[q], &max, &sum);
-      rescale[q] = partial.max[q] == kMinusInfinity ? 0.0f : std::exp(partial.max[q] - max);
+      tile_.softmax(scores + q * kBlockKeys, partial.max[q], &max, &sum);
+      rescale[q] = max == partial.max[q] ? 1.0f : std::exp(partial.max[q] - max);
       partial.sum[q] = partial.sum[q] * rescale[q] + sum;
       partial.max[q] = max;
     }
-    const int begin = static_cast<int>(std::max<int64_t>(first - base, 0));
-    const int end = static_cast<int>(std::min<int64_t>(last - base, kBlockKeys));
-    tile_.accumulate(scores, queries, values, begin, end, padded_, rescale, partial.out);
+    tile_.accumulate(own_scores, q_end - q_begin, values, begin, end, padded_, rescale + q_begin,
+                     partial.out + static_cast<size_t>(q_begin) * padded_);
   }
 }
 

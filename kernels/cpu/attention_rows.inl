@@ -7,23 +7,25 @@ namespace longspan::cpu {
 namespace {
 
 template <int kQ>
-LONGSPAN_TARGET inline void ScoreRows(const float* queries, const float* keys, int padded,
-                                      float* scores) {
-  for (int k = 0; k < kBlockKeys; k += 16 / kQ) {
+LONGSPAN_TARGET inline void ScoreRows(const float* queries, const float* keys, int begin, int end,
+                                      int padded, float* scores) {
+  constexpr int kK = 16 / kQ;
+  for (int k = begin / kK * kK; k < end; k += kK) {
     ScoreTile<kQ>(queries, keys + k * padded, padded, scores + k);
   }
 }
 
-LONGSPAN_TARGET void Scores(const float* queries, int count, const float* keys, int padded,
-                            float* scores) {
+LONGSPAN_TARGET void Scores(const float* queries, int count, const float* keys, int begin, int end,
+                            int padded, float* scores) {
   int q = 0;
   for (; q + 4 <= count; q += 4) {
-    ScoreRows<4>(queries + q * padded, keys, padded, scores + q * kBlockKeys);
+    ScoreRows<4>(queries + q * padded, keys, begin, end, padded, scores + q * kBlockKeys);
   }
   for (; q + 2 <= count; q += 2) {
-    ScoreRows<2>(queries + q * padded, keys, padded, scores + q * kBlockKeys);
+    ScoreRows<2>(queries + q * padded, keys, begin, end, padded, scores + q * kBlockKeys);
   }
-  for (; q < count; ++q) ScoreRows<1>(queries + q * padded, keys, padded, scores + q * kBlockKeys);
+  for (; q < count; ++q)
+    ScoreRows<1>(queries + q * padded, keys, begin, end, padded, scores + q * kBlockKeys);
 }
 
 template <int kQ>

@@ -66,16 +66,16 @@ LONGSPAN_TARGET LONGSPAN_INLINE void ScoreTile(const float* queries, const float
   }
 }
 
-LONGSPAN_TARGET void Scores(const float* queries, int count, const float* keys, int padded,
-                            float* scores) {
+LONGSPAN_TARGET void Scores(const float* queries, int count, const float* keys, int begin, int end,
+                            int padded, float* scores) {
   int q = 0;
   for (; q + 2 <= count; q += 2) {
-    for (int k = 0; k < kBlockKeys; k += 4) {
+    for (int k = begin / 4 * 4; k < end; k += 4) {
       ScoreTile<2>(queries + q * padded, keys + k * padded, padded, scores + q * kBlockKeys + k);
     }
   }
   for (; q < count; ++q) {
-    for (int k = 0; k < kBlockKeys; k += 8) {
+    for (int k = begin / 8 * 8; k < end; k += 8) {
       ScoreTile<1>(queries + q * padded, keys + k * padded, padded, scores + q * kBlockKeys + k);
     }
   }
