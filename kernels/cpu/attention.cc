@@ -249,13 +249,13 @@ void Job::AddSpans(const Item& item, const Item& seeing, int64_t block, const fl
   }
 }
 
+// `work` begins with the item's queries.
 void Job::Segment(const Item& item, int segment, std::byte* work, Partial& partial) const {
   auto* query = reinterpret_cast<float*>(work);
   float* keys = query + static_cast<size_t>(kTileQueries) * padded_;
   float* values = keys + static_cast<size_t>(kBlockKeys) * padded_;
   float* scores = values + static_cast<size_t>(kBlockKeys) * padded_;
   float* rescale = scores + static_cast<size_t>(kTileQueries) * kBlockKeys;
-  LoadQueries(item, query);
 
   const int64_t first = std::max<int64_t>(FirstKey(item.first_position),
                                           static_cast<int64_t>(segment) * kSegmentKeys);
@@ -291,11 +291,17 @@ void Job::Segment(const Item& item, int segment, std::byte* work, Partial& parti
 void Job::Merge(const Item& item, const Partial& from, Partial& to) const {
   for (int q = 0; q < item.tokens * group_; ++q) {
     if (from.max[q] == kMinusInfinity) continue;
-    const float max = std::max(from.max[q], to.max[q]);
-    const float old_scale = to.max[q] == kMinusInfinity ? 0.0f : std::exp(to.max[q] - max);
-    const float new_scale = std::exp(from.max[q] - max);
     float* out = to.out + static_cast<size_t>(q) * padded_;
     const float* add = from.out + static_cast<size_t>(q) * padded_;
+    if (to.max[q] == kMinusInfinity) {  // as a row has it whose item begins with this segment
+      std::copy_n(add, padded_, out);
+      to.sum[q] = from.sum[q];
+      to.max[q] = from.max[q];
+      continue;
+    }
+    const float max = std::max(from.max[q], to.max[q]);
+    const float old_scale = std::exp(to.max[q] - max);
+    const float new_scale = std::exp(from.max[q] - max);
     for (int d = 0; d < padded_; ++d) out[d] = out[d] * old_scale + add[d] * new_scale;
     to.sum[q] = to.sum[q] * old_scale + from.sum[q] * new_scale;
     to.max[q] = max;
@@ -362,10 +368,13 @@ void Job::RunItems(BackendContext& context, int64_t count) const {
       std::byte* memory = context.Scratch(thread, 2 * bytes + WorkBytes());
       Partial total = PartialAt(item, memory);
       Partial part = PartialAt(item, memory + bytes);
+      std::byte* work = memory + 2 * bytes;
+      LoadQueries(item, reinterpret_cast<float*>(work));
       Reset(item, total);
-      for (int s = FirstSegment(item); s <= LastSegment(item); ++s) {
+      Segment(item, FirstSegment(item), work, total);
+      for (int s = FirstSegment(item) + 1; s <= LastSegment(item); ++s) {
         Reset(item, part);
-        Segment(item, s, memory + 2 * bytes, part);
+        Segment(item, s, work, part);
         Merge(item, part, total);
       }
       Finish(item, total);
@@ -392,14 +401,16 @@ void Job::RunSegments(BackendContext& context, int64_t count, size_t partial_byt
       const Piece& piece = pieces[i];
       Partial part = PartialAt(piece.item, piece.partial);
       Reset(piece.item, part);
-      Segment(piece.item, piece.segment, context.Scratch(thread, WorkBytes()), part);
+      std::byte* work = context.Scratch(thread, WorkBytes());
+      LoadQueries(piece.item, reinterpret_cast<float*>(work));
+      Segment(piece.item, piece.segment, work, part);
     }
   });
   for (const Piece* piece = pieces; piece != pieces + count;) {
     const Item& item = piece->item;
-    Partial total = PartialAt(item, context.Scratch(0, PartialBytes(item)));
-    Reset(item, total);
-    for (int s = FirstSegment(item); s <= LastSegment(item); ++s, ++piece) {
+    Partial total = PartialAt(item, piece->partial);
+    ++piece;
+    for (int s = FirstSegment(item) + 1; s <= LastSegment(item); ++s, ++piece) {
       Merge(item, PartialAt(item, piece->partial), total);
     }
     Finish(item, total);
