@@ -69,6 +69,9 @@ struct Block {
   }
 };
 
+// What all lanes have alike, so that compilers know it.
+__device__ __forceinline__ int Uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
+
 // 2^x, to 2 ulp; a weight below the normal numbers is 0.
 __device__ __forceinline__ float Power(float x) {
   float power;
@@ -154,7 +157,7 @@ struct Rows {
 
   const Problem& p;
   const Block& b;
-  const int group = threadIdx.x / kGroupThreads;
+  const int group = Uniform(threadIdx.x / kGroupThreads);
   const int thread = threadIdx.x % kGroupThreads, lane = threadIdx.x % kWarp;
   int position[2];                                               // of this thread's rows
   float highest[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0};  // highest in powers of two
@@ -209,13 +212,14 @@ struct Rows {
 
   // Begins score = queries · keys of the load.
   __device__ __forceinline__ void MultiplyKeys(int load, float (&score)[kScores]) const {
-    const uint32_t keys = b.ring + load % kSlots * S::slot;
+    const uint64_t queries = AcrossColumns(query()),
+                   keys = AcrossColumns(b.ring + load % kSlots * S::slot);
     FenceProducts();
 #pragma unroll
     for (int d = 0; d < kDim; d += 16) {
       const int chunk = d / kSwizzledColumns, within = d % kSwizzledColumns * 2;
-      MultiplyShared(score, AcrossColumns(query() + chunk * kGroupRows * 128 + within),
-                     AcrossColumns(keys + chunk * S::keys * 128 + within), d > 0);
+      MultiplyShared(score, Further(queries, chunk * kGroupRows * 128 + within),
+                     Further(keys, chunk * S::keys * 128 + within), d > 0);
     }
     CommitProducts();
   }
@@ -223,11 +227,11 @@ struct Rows {
   // Begins sum += weights · values of the load.
   __device__ __forceinline__ void MultiplyValues(int load, const uint32_t (&weight)[kScores / 8][4],
                                                  float (&sum)[kDim / 2]) const {
-    const uint32_t values = b.ring + load % kSlots * S::slot;
+    const uint64_t values = AcrossRows(b.ring + load % kSlots * S::slot, S::keys);
     FenceProducts();
 #pragma unroll
     for (int k = 0; k < S::keys; k += 16) {
-      MultiplyRegisters(sum, weight[k / 16], AcrossRows(values + k * 128, S::keys));
+      MultiplyRegisters(sum, weight[k / 16], Further(values, k * 128));
     }
     CommitProducts();
   }

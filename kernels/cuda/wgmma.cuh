@@ -45,6 +45,13 @@ __device__ __forceinline__ uint64_t AcrossRows(uint32_t address, int rows) {
   return Descriptor(address, rows * 128, 8 * 128);
 }
 
+// Of what lies `bytes` further in the same matrix: one addition, in the word that has the address.
+// Products of one chain follow each other only as fast as their descriptors are made.
+__device__ __forceinline__ uint64_t Further(uint64_t descriptor, uint32_t bytes) {
+  const uint32_t low = static_cast<uint32_t>(descriptor) + (bytes >> 4);
+  return (descriptor >> 32 << 32) | low;
+}
+
 // Before the first product after registers of one were touched by other instructions.
 __device__ __forceinline__ void FenceProducts() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
