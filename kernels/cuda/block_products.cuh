@@ -31,33 +31,4 @@ __device__ __forceinline__ int2 PartOfGroup(const int8_t* group, int part) {
                    *reinterpret_cast<const int*>(group + WordAt<B>(part, 1)));
 }
 
-// Adds to a warp's sums, as of Multiply(), group g of a unit of 16 rows of weights times that group
-// of 8 rows of x. `bytes`: this lane's part of the group in x's row lane / 4; `two`: its scale and
-// the sum of its int8 in rows lane % 4 * 2 and the next.
-template <class B>
-__device__ __forceinline__ void AddGroup(const typename B::Unit* rows, int g, int2 bytes,
-                                         const float4& two, float (&sum)[4]) {
-  constexpr int kScales = B::Unit::kScales;
-  int dot[kScales][4] = {};
-  if constexpr (kScales == 1) {
-    MultiplyBytes(
-        dot[0],
-        {rows[0].words[g][0], rows[1].words[g][0], rows[0].words[g][1], rows[1].words[g][1]},
-        bytes.x, bytes.y);
-  } else {
-    MultiplyBytes(dot[0], {rows[0].words[g][0], rows[1].words[g][0]}, bytes.x);
-    MultiplyBytes(dot[1], {rows[0].words[g][1], rows[1].words[g][1]}, bytes.y);
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const typename B::Unit& row = rows[i / 2];
-#pragma unroll
-    for (int half = 0; half < kScales; ++half) {
-      float value = row.scale[g][half] * static_cast<float>(dot[half][i]);
-      if constexpr (B::kMin) value = fmaf(-row.min[g], i % 2 == 0 ? two.y : two.w, value);
-      sum[i] = fmaf(i % 2 == 0 ? two.x : two.z, value, sum[i]);
-    }
-  }
-}
-
 }  // namespace longspan::cuda

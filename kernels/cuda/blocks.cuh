@@ -5,12 +5,13 @@
 // the next place.
 //
 // Format::At(row, byte) tells where in 16 blocks a byte of one lies. Element() decodes one element.
-// LoadUnit() gives a warp what its product of bytes on the tensor cores takes: of a unit of kGroups
-// groups of 32 elements, kUnits units a block, lane l has two words of four levels as signed bytes
-// for each group and for the rows l / 4 and l / 4 + 8, and their scales and mins, so that
-//   value = scale * level - min.
+// A block has kUnits units of kGroups groups of 32 elements, whose values are
+//   scale * level - min.
+// LoadWords() gives a warp what its product of bytes on the tensor cores takes of a unit: lane l
+// has two words of four levels as signed bytes for each group and for the rows l / 4 and l / 4 + 8.
 // The words of part p = l % 4 are elements [WordAt(p, w), WordAt(p, w) + 4) of group Group(unit, g)
-// of the block. Where a group has two scales, each is of 16 elements, and word w's.
+// of the block. LoadScales() gives a unit's scales and mins of one row; where a group has two
+// scales, each is of 16 elements, and word w's.
 #include <cuda_fp16.h>
 
 #include <cstdint>
@@ -26,7 +27,7 @@ __device__ __forceinline__ float ToHalf(uint32_t bits) {
   return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
 }
 
-// Where LoadUnit() finds a strip: in memory that no kernel writes meanwhile, or in shared memory.
+// Where a strip is found: in memory that no kernel writes meanwhile, or in shared memory.
 // Read() gives element `index` of those that begin at `byte`; of one number compilers make slower
 // addresses.
 struct InMemory {
@@ -59,10 +60,9 @@ __device__ __forceinline__ int Minus(uint32_t levels, uint32_t offset) {
   return static_cast<int>(((levels | 0x80808080u) - offset) ^ 0x80808080u);
 }
 
-// Spreads bits 0 to 3 to bit 4 of bytes 0 to 3.
+// Spreads bits 0 to 3, all that there are, to bit 4 of bytes 0 to 3: a copy of them for each.
 __device__ __forceinline__ uint32_t FifthBits(uint32_t bits) {
-  return (bits << 4 & 0x10u) | (bits << 11 & 0x1000u) | (bits << 18 & 0x100000u) |
-         (bits << 25 & 0x10000000u);
+  return bits * 0x02040810u & 0x10101010u;
 }
 
 template <int kGroupCount, int kScaleCount>
@@ -73,11 +73,11 @@ struct UnitOf {
   float min[kGroups];  // 0 where the format has none
 };
 
-// Lanes' words of `kBytes` bytes side by side, the lower row's first: where byte `byte` of a row's
-// share lies.
+// Lanes' shares side by side, each word by word, the lower row's first, as a product takes them:
+// where byte `byte` of the kBytes of a row's share lies.
 template <int kBytes>
 __host__ __device__ constexpr int Interleaved(int row, int part, int byte) {
-  return 2 * kBytes * (row % 8 * 4 + part) + kBytes * (row / 8) + byte;
+  return 2 * kBytes * (row % 8 * 4 + part) + byte / 4 * 8 + 4 * (row / 8) + byte % 4;
 }
 
 // Where word `w` of part `part` begins in a group.
@@ -86,10 +86,15 @@ __device__ __forceinline__ int WordAt(int part, int w) {
   return Format::kAdjacent ? 8 * part + 4 * w : 4 * part + 16 * w;
 }
 
-// Scales of two rows, F16, that lie side by side.
+// Where a strip begins with a scale, F16, of each row: that, and the only one of a unit.
 template <class Strip>
-__device__ __forceinline__ float ScaleOf(Strip scales, int row) {
-  return ToHalf(scales.template Read<uint16_t>(0, row));
+__device__ __forceinline__ float ScaleOf(Strip strip, int row) {
+  return ToHalf(strip.template Read<uint16_t>(0, row));
+}
+template <class Strip>
+__device__ __forceinline__ void LoadScale(Strip strip, int row, UnitOf<1, 1>* of) {
+  of->scale[0][0] = ScaleOf(strip, row);
+  of->min[0] = 0;
 }
 
 // In a strip: scales; words.
@@ -107,16 +112,18 @@ struct BlocksQ8_0 {
   }
   static __device__ int Group(int, int) { return 0; }
   template <class Strip>
-  static __device__ void LoadUnit(Strip strip, int, int lane, Unit* rows) {
+  static __device__ void LoadWords(Strip strip, int, int lane, Unit* rows) {
     const uint4 q = strip.template Read<uint4>(32, lane);
     const uint32_t words[4] = {q.x, q.y, q.z, q.w};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      rows[r].words[0][0] = static_cast<int>(words[2 * r]);
-      rows[r].words[0][1] = static_cast<int>(words[2 * r + 1]);
-      rows[r].scale[0][0] = ScaleOf(strip, lane / 4 + 8 * r);
-      rows[r].min[0] = 0;
+      rows[r].words[0][0] = static_cast<int>(words[r]);
+      rows[r].words[0][1] = static_cast<int>(words[2 + r]);
     }
+  }
+  template <class Strip>
+  static __device__ void LoadScales(Strip strip, int, int row, Unit* of) {
+    LoadScale(strip, row, of);
   }
 };
 
@@ -135,16 +142,18 @@ struct BlocksQ4_0 {
   }
   static __device__ int Group(int, int) { return 0; }
   template <class Strip>
-  static __device__ void LoadUnit(Strip strip, int, int lane, Unit* rows) {
+  static __device__ void LoadWords(Strip strip, int, int lane, Unit* rows) {
     const uint2 q = strip.template Read<uint2>(32, lane);
     const uint32_t words[2] = {q.x, q.y};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       rows[r].words[0][0] = Minus(words[r] & 0x0f0f0f0fu, 0x08080808u);
       rows[r].words[0][1] = Minus(words[r] >> 4 & 0x0f0f0f0fu, 0x08080808u);
-      rows[r].scale[0][0] = ScaleOf(strip, lane / 4 + 8 * r);
-      rows[r].min[0] = 0;
     }
+  }
+  template <class Strip>
+  static __device__ void LoadScales(Strip strip, int, int row, Unit* of) {
+    LoadScale(strip, row, of);
   }
 };
 
@@ -165,7 +174,7 @@ struct BlocksQ5_0 {
   }
   static __device__ int Group(int, int) { return 0; }
   template <class Strip>
-  static __device__ void LoadUnit(Strip strip, int, int lane, Unit* rows) {
+  static __device__ void LoadWords(Strip strip, int, int lane, Unit* rows) {
     const uint2 q = strip.template Read<uint2>(96, lane);
     const uint32_t words[2] = {q.x, q.y};
 #pragma unroll
@@ -175,27 +184,42 @@ struct BlocksQ5_0 {
       rows[r].words[0][0] = Minus((words[r] & 0x0f0f0f0fu) | FifthBits(high & 15), 0x10101010u);
       rows[r].words[0][1] =
           Minus((words[r] >> 4 & 0x0f0f0f0fu) | FifthBits(high >> 16 & 15), 0x10101010u);
-      rows[r].scale[0][0] = ScaleOf(strip, row);
-      rows[r].min[0] = 0;
     }
+  }
+  template <class Strip>
+  static __device__ void LoadScales(Strip strip, int, int row, Unit* of) {
+    LoadScale(strip, row, of);
   }
 };
 
-// The 16 bytes that Q4_K and Q5_K begin with: two F16, then eight scales and mins of 6 bits.
+// factor * byte `at` of `bytes`, rounded once: as the last bits of 2^23 it is a float, and what
+// 2^23 adds to the product is exact for a factor of 11 bits.
+__device__ __forceinline__ float TimesByte(float factor, uint32_t bytes, int at) {
+  constexpr float k2To23 = 8388608.0f;
+  const uint32_t number = __byte_perm(bytes, __float_as_uint(k2To23), 0x7540 | at);
+  return fmaf(factor, __uint_as_float(number), -k2To23 * factor);
+}
+
+// The 16 bytes that Q4_K and Q5_K begin with: two F16, then eight scales and mins of 6 bits, in
+// twelve bytes: of groups 0 to 3 in one byte each, first scales, then mins; of the others the low
+// four bits in one of the last four bytes, the high two above those of the first.
 struct Header {
-  uint4 bytes;
-  // Both groups' of a unit: their bits lie in one byte each, or in two halves.
-  template <class Unit>
-  __device__ __forceinline__ void Scales(int unit, Unit* row) const {
-    const int shift = unit % 2 * 16;
-    const uint32_t a = bytes.y >> shift, b = bytes.z >> shift, c = bytes.w >> shift;
-    const uint32_t scales = unit < 2 ? a & 0x3f3fu : (c & 0x0f0fu) | (a & 0xc0c0u) >> 2;
-    const uint32_t mins = unit < 2 ? b & 0x3f3fu : (c >> 4 & 0x0f0fu) | (b & 0xc0c0u) >> 2;
+  // Both groups' of a unit.
+  template <class Strip, class Unit>
+  static __device__ __forceinline__ void Load(Strip strip, int unit, int row, Unit* of) {
+    const uint4 bytes = strip.template Read<uint4>(0, row);
+    const int shift = unit % 2 * 16, high = unit < 2 ? 0 : 2;
+    const uint32_t low_bits = unit < 2 ? 0 : 0x0f0f;
+    const uint32_t c = bytes.w >> shift;
+    const auto Six = [&](uint32_t whole, uint32_t halves) {
+      return ((whole >> (shift + high) & ~low_bits) | (halves & low_bits)) & 0x3f3fu;
+    };
+    const uint32_t scales = Six(bytes.y, c), mins = Six(bytes.z, c >> 4);
     const float d = ToHalf(bytes.x & 0xffff), dmin = ToHalf(bytes.x >> 16);
 #pragma unroll
     for (int g = 0; g < 2; ++g) {
-      row->scale[g][0] = d * static_cast<float>(scales >> 8 * g & 255);
-      row->min[g] = dmin * static_cast<float>(mins >> 8 * g & 255);
+      of->scale[g][0] = TimesByte(d, scales, g);
+      of->min[g] = TimesByte(dmin, mins, g);
     }
   }
   // Scale and min `group` of 8.
@@ -231,19 +255,21 @@ struct BlocksQ4_K {
   }
   static __device__ int Group(int unit, int g) { return 2 * unit + g; }
   template <class Strip>
-  static __device__ void LoadUnit(Strip strip, int unit, int lane, Unit* rows) {
+  static __device__ void LoadWords(Strip strip, int unit, int lane, Unit* rows) {
     const uint4 q = strip.template Read<uint4>(256 + 512 * unit, lane);
     const uint32_t words[4] = {q.x, q.y, q.z, q.w};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
 #pragma unroll
       for (int w = 0; w < 2; ++w) {
-        rows[r].words[0][w] = static_cast<int>(words[2 * r + w] & 0x0f0f0f0fu);
-        rows[r].words[1][w] = static_cast<int>(words[2 * r + w] >> 4 & 0x0f0f0f0fu);
+        rows[r].words[0][w] = static_cast<int>(words[2 * w + r] & 0x0f0f0f0fu);
+        rows[r].words[1][w] = static_cast<int>(words[2 * w + r] >> 4 & 0x0f0f0f0fu);
       }
-      const Header header = {strip.template Read<uint4>(0, lane / 4 + 8 * r)};
-      header.Scales(unit, &rows[r]);
     }
+  }
+  template <class Strip>
+  static __device__ void LoadScales(Strip strip, int unit, int row, Unit* of) {
+    Header::Load(strip, unit, row, of);
   }
 };
 
@@ -268,7 +294,7 @@ struct BlocksQ5_K {
   }
   static __device__ int Group(int unit, int g) { return 2 * unit + g; }
   template <class Strip>
-  static __device__ void LoadUnit(Strip strip, int unit, int lane, Unit* rows) {
+  static __device__ void LoadWords(Strip strip, int unit, int lane, Unit* rows) {
     const uint4 h = strip.template Read<uint4>(256, lane);
     const uint4 q = strip.template Read<uint4>(768 + 512 * unit, lane);
     const uint32_t words[4] = {q.x, q.y, q.z, q.w}, high[4] = {h.x, h.y, h.z, h.w};
@@ -276,14 +302,16 @@ struct BlocksQ5_K {
     for (int r = 0; r < 2; ++r) {
 #pragma unroll
       for (int w = 0; w < 2; ++w) {
-        const uint32_t four = words[2 * r + w], fifth = high[2 * r + w] >> 2 * unit;
+        const uint32_t four = words[2 * w + r], fifth = high[2 * w + r] >> 2 * unit;
         rows[r].words[0][w] = static_cast<int>((four & 0x0f0f0f0fu) | (fifth & 0x01010101u) << 4);
         rows[r].words[1][w] =
             static_cast<int>((four >> 4 & 0x0f0f0f0fu) | (fifth & 0x02020202u) << 3);
       }
-      const Header header = {strip.template Read<uint4>(0, lane / 4 + 8 * r)};
-      header.Scales(unit, &rows[r]);
     }
+  }
+  template <class Strip>
+  static __device__ void LoadScales(Strip strip, int unit, int row, Unit* of) {
+    Header::Load(strip, unit, row, of);
   }
 };
 
@@ -311,7 +339,7 @@ struct BlocksQ6_K {
   }
   static __device__ int Group(int unit, int g) { return unit / 2 * 4 + unit % 2 + 2 * g; }
   template <class Strip>
-  static __device__ void LoadUnit(Strip strip, int unit, int lane, Unit* rows) {
+  static __device__ void LoadWords(Strip strip, int unit, int lane, Unit* rows) {
     const uint4 h = strip.template Read<uint4>(288 + 512 * (unit / 2), lane);
     const uint4 q = strip.template Read<uint4>(1312 + 512 * unit, lane);
     const uint32_t low[4] = {q.x, q.y, q.z, q.w}, high[4] = {h.x, h.y, h.z, h.w};
@@ -319,22 +347,33 @@ struct BlocksQ6_K {
     for (int r = 0; r < 2; ++r) {
 #pragma unroll
       for (int w = 0; w < 2; ++w) {
-        const uint32_t four = low[2 * r + w], two = high[2 * r + w] >> unit % 2 * 2;
+        const uint32_t four = low[2 * w + r], two = high[2 * w + r] >> unit % 2 * 2;
         rows[r].words[0][w] = Minus((four & 0x0f0f0f0fu) | (two & 0x03030303u) << 4, 0x20202020u);
         rows[r].words[1][w] = Minus((four >> 4 & 0x0f0f0f0fu) | (two & 0x30303030u), 0x20202020u);
       }
-      const int row = lane / 4 + 8 * r;
-      const float d = ScaleOf(strip, row);
+    }
+  }
+  template <class Strip>
+  static __device__ void LoadScales(Strip strip, int unit, int row, Unit* of) {
+    const float d = ScaleOf(strip, row);
 #pragma unroll
-      for (int g = 0; g < 2; ++g) {
-        const uint32_t pair = strip.template Read<uint16_t>(32 + 16 * row, Group(unit, g));
-        rows[r].scale[g][0] = d * static_cast<float>(static_cast<int8_t>(pair & 255));
-        rows[r].scale[g][1] = d * static_cast<float>(static_cast<int8_t>(pair >> 8));
-        rows[r].min[g] = 0;
-      }
+    for (int g = 0; g < 2; ++g) {
+      const uint32_t pair = strip.template Read<uint16_t>(32 + 16 * row, Group(unit, g));
+      of->scale[g][0] = d * static_cast<float>(static_cast<int8_t>(pair & 255));
+      of->scale[g][1] = d * static_cast<float>(static_cast<int8_t>(pair >> 8));
+      of->min[g] = 0;
     }
   }
 };
+
+// All of a unit, of the lane's two rows.
+template <class Format, class Strip>
+__device__ __forceinline__ void LoadUnit(Strip strip, int unit, int lane,
+                                         typename Format::Unit* rows) {
+  Format::LoadWords(strip, unit, lane, rows);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) Format::LoadScales(strip, unit, lane / 4 + 8 * r, &rows[r]);
+}
 
 // Calls visit(Blocks{}) for a quantised type; false for any other.
 template <class Visit>

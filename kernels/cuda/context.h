@@ -18,6 +18,7 @@ struct BackendContext : longspan::BackendContext {
   int device = 0;
   int compute_capability = 0;  // of the device and of the code that it runs: 90 for sm_90
   int sm_count = 0;
+  int whole_clusters = 0;  // that run at once, of blocks which take a multiprocessor; 0: not known
   size_t l2_bytes = 0;
   int max_shared_bytes = 0;    // of one block, opted in
   bool deterministic = false;  // CudaOptions::deterministic

@@ -35,23 +35,36 @@ struct LaunchNeeds {
   int cluster = 1;       // blocks of one, side by side in grid.x
 };
 
+class LaunchConfig {
+ public:
+  LaunchConfig(const BackendContext& context, const LaunchNeeds& needs, dim3 grid, int threads) {
+    attributes_[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes_[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes_[1].id = cudaLaunchAttributeClusterDimension;
+    attributes_[1].val.clusterDim = {static_cast<unsigned>(needs.cluster), 1, 1};
+    config_.gridDim = grid;
+    config_.blockDim = dim3(threads);
+    config_.dynamicSmemBytes = needs.shared_bytes;
+    config_.stream = context.stream;
+    config_.attrs = attributes_;
+    config_.numAttrs = context.compute_capability < 90 ? 0 : needs.cluster > 1 ? 2 : 1;
+  }
+  LaunchConfig(const LaunchConfig&) = delete;
+  LaunchConfig& operator=(const LaunchConfig&) = delete;
+
+  const cudaLaunchConfig_t* get() const { return &config_; }
+
+ private:
+  cudaLaunchAttribute attributes_[2] = {};
+  cudaLaunchConfig_t config_ = {};
+};
+
 template <class... Parameters, class... Arguments>
 void LaunchEarlyWith(BackendContext& context, const LaunchNeeds& needs,
                      void (*kernel)(Parameters...), dim3 grid, int threads,
                      Arguments&&... arguments) {
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {static_cast<unsigned>(needs.cluster), 1, 1};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = needs.shared_bytes;
-  config.stream = context.stream;
-  config.attrs = attributes;
-  config.numAttrs = context.compute_capability < 90 ? 0 : needs.cluster > 1 ? 2 : 1;
-  Ok(context, cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...),
+  const LaunchConfig config(context, needs, grid, threads);
+  Ok(context, cudaLaunchKernelEx(config.get(), kernel, std::forward<Arguments>(arguments)...),
      "launching a kernel");
 }
 template <class... Parameters, class... Arguments>

@@ -50,10 +50,10 @@ void UnpackStrips(BackendContext& context, const View& weight, void* out);
 bool Bf16InVectors(const Product& product);
 // One to kStreamRows rows of bf16 weights in whole vectors, or one to kStreamBlockRows of block
 // weights, on sm_90: each weight is read once, most of them before x is there. A row's result does
-// not depend on how many rows there are. Takes `up`. Every block of threads makes an x of bytes for
-// itself, hence fewer rows: Gemma 3 4B in Q4_K, MultiplyBlocks -> streamed, ms a step on an H100:
-// 1 row 2.70 -> 2.44, 4 rows 3.13 -> 3.03, 8 rows 3.39 -> 4.00; in Q8_0 3.36 -> 2.39, 3.72 -> 2.94,
-// 3.99 -> 3.92.
+// not depend on how many rows there are. Takes `up`. Of blocks every row costs products of its own,
+// and every block of threads makes an x of bytes for itself, hence fewer rows: Gemma 3 4B in Q4_K,
+// MultiplyBlocks -> streamed, ms a step on an H100: 1 row 2.70 -> 1.87, 4 rows 3.13 -> 2.51, 8 rows
+// 3.32 -> 5.00; in Q8_0 3.36 -> 2.21, 3.72 -> 2.73, 3.97 -> 5.08.
 constexpr int64_t kStreamRows = 8, kStreamBlockRows = 4;
 bool Streams(const BackendContext& context, const Product& product);
 void MultiplyStream(BackendContext& context, const Product& product);

@@ -32,6 +32,35 @@ __global__ void Quantise(const float* x, int64_t stride, int in, int64_t groups,
   }
 }
 
+// Adds to a warp's sums, as of Multiply(), group g of a unit of 16 rows of weights times that group
+// of 8 rows of x. `bytes`: this lane's part of the group in x's row lane / 4; `two`: its scale and
+// the sum of its int8 in rows lane % 4 * 2 and the next.
+template <class B>
+__device__ __forceinline__ void AddGroup(const typename B::Unit* rows, int g, int2 bytes,
+                                         const float4& two, float (&sum)[4]) {
+  constexpr int kScales = B::Unit::kScales;
+  int dot[kScales][4] = {};
+  if constexpr (kScales == 1) {
+    MultiplyBytes(
+        dot[0],
+        {rows[0].words[g][0], rows[1].words[g][0], rows[0].words[g][1], rows[1].words[g][1]},
+        bytes.x, bytes.y);
+  } else {
+    MultiplyBytes(dot[0], {rows[0].words[g][0], rows[1].words[g][0]}, bytes.x);
+    MultiplyBytes(dot[1], {rows[0].words[g][1], rows[1].words[g][1]}, bytes.y);
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const typename B::Unit& row = rows[i / 2];
+#pragma unroll
+    for (int half = 0; half < kScales; ++half) {
+      float value = row.scale[g][half] * static_cast<float>(dot[half][i]);
+      if constexpr (B::kMin) value = fmaf(-row.min[g], i % 2 == 0 ? two.y : two.w, value);
+      sum[i] = fmaf(i % 2 == 0 ? two.x : two.z, value, sum[i]);
+    }
+  }
+}
+
 struct BlockArgs {
   const uint8_t* strips;
   QuantisedRows x;
@@ -56,7 +85,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) DotRow(BlockArgs a) {
     for (int s = 0; s < kAhead; ++s) {
       const int u = first + s * kWarps;
       if (u >= units) break;
-      B::LoadUnit(InMemory{strip + int64_t{u / B::kUnits} * (kStripRows * B::kBytes)},
+      LoadUnit<B>(InMemory{strip + int64_t{u / B::kUnits} * (kStripRows * B::kBytes)},
                   u % B::kUnits, lane, w[s]);
     }
   };
@@ -148,7 +177,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) DotBlocks(BlockArgs a) {
       if (u >= units) break;
 #pragma unroll
       for (int m = 0; m < kTall; ++m) {
-        B::LoadUnit(InMemory{strips[m] + int64_t{u / B::kUnits} * (kStripRows * B::kBytes)},
+        LoadUnit<B>(InMemory{strips[m] + int64_t{u / B::kUnits} * (kStripRows * B::kBytes)},
                     u % B::kUnits, lane, w[s][m]);
       }
     }

@@ -6,15 +6,11 @@ namespace longspan::cuda {
 namespace {
 
 struct Bf16Form {
-  static constexpr int kColumns = 1;
-  static constexpr int kLeastColumns = 8;  // of a block
+  static constexpr int kColumns = 1, kItemColumns = 32, kLeastLines = 8;
+  static constexpr int kSlice = 64, kWide = kItemColumns, kGrain = kSlice;
   __host__ __device__ static constexpr int Bytes(int elements) {
     return elements * int{sizeof(Bf16)};
   }
-  __device__ static int Share(int left, int blocks) {
-    return max(kLeastColumns, (left + blocks - 1) / blocks);
-  }
-  static int MostBlocks(int lines) { return Blocks(lines, kLeastColumns); }
 
   // Rows of high halves, then rows of low ones, apart so that a warp reads without bank conflicts.
   struct X {
@@ -75,8 +71,9 @@ struct Bf16Form {
 
   class Sums {
    public:
-    __device__ __forceinline__ void Add(uint32_t stage, int columns, int slice, const X& x,
-                                        int at) {
+    // Weights are the products' rows and x's rows their columns, of which a product has 8.
+    __device__ __forceinline__ void Add(uint32_t stage, int columns, int slice, const X& x, int at,
+                                        int) {
       const unsigned char* from = x.lane + Form::Bytes(at);
       uint4 h[2], l[2];  // halves of the slice
 #pragma unroll
@@ -99,8 +96,14 @@ struct Bf16Form {
         }
       }
     }
-    __device__ __forceinline__ float At(int i) const {
-      return high_[i / 4][i % 4] + low_[i / 4][i % 4];
+    template <class Put>
+    __device__ __forceinline__ void Visit(int rows, Put put) const {
+      const int lane = threadIdx.x % kWarp;
+      if (lane % 4 * 2 >= rows) return;
+#pragma unroll
+      for (int i = 0; i < kItemColumns / 4; ++i) {
+        put(lane % 4 * 2 + i % 2, i / 2 * 8 + lane / 4, high_[i / 4][i % 4] + low_[i / 4][i % 4]);
+      }
     }
 
    private:

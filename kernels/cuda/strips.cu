@@ -36,7 +36,7 @@ __global__ void Unpack(const uint8_t* strips, int64_t rows, int64_t in, int64_t 
   const int lane = threadIdx.x % kWarp, unit = static_cast<int>(index % B::kUnits);
   const int64_t place = index / B::kUnits, blocks = in / B::kElements;
   Unit of[2];
-  B::LoadUnit(InMemory{strips + place * kStripRows * B::kBytes}, unit, lane, of);
+  LoadUnit<B>(InMemory{strips + place * kStripRows * B::kBytes}, unit, lane, of);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int64_t row = place / blocks * kStripRows + lane / 4 + 8 * r;

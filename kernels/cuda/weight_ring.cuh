@@ -13,19 +13,18 @@ namespace longspan::cuda {
 // Copies of 1 KB begin one after another in a warp, some 40 ns each on an H100: one warp moves no
 // more than 3.3 TB/s, even out of the L2 cache.
 constexpr int kCopiers = 4;
-constexpr int kItemColumns = 32;         // of weights, at most
-constexpr int kSlice = 64;               // elements of a column that a warp takes of a stage
-constexpr int kSlices = 8;               // of a stage
-constexpr int kStep = kSlices * kSlice;  // of a column in a stage
-constexpr int kMostStages = 16;          // under way
-static_assert(kItemColumns <= kCopiers * kWarp && kMostStages <= kWarp);
+constexpr int kStep = 512;       // elements of a column in a stage
+constexpr int kMostStages = 16;  // under way
+static_assert(kMostStages <= kWarp);
 
 // A product's weights lie in lines, a column of bf16 or a strip of blocks: of each, any whole step
 // is one run of memory. A form of them says
-//   kColumns             of a line
-//   Bytes(elements)      of a line, with so many elements of each of its columns
-//   Share(left, blocks)  lines of each of so many blocks where too few are left for whole items
-// Where gated, a line of out is one of weights and one of up.
+//   kColumns         of a line
+//   kItemColumns     of weights in a block's item, at most
+//   kLeastLines      of an item, if there are as many
+//   Bytes(elements)  of a line, with so many elements of each of its columns
+// Where gated, a line of out is one of weights and one of up. kSplit blocks, a cluster, share
+// items: each takes its part of the columns' elements.
 struct Lines {
   const unsigned char *weights, *up;
   int64_t stride;  // bytes
@@ -33,20 +32,25 @@ struct Lines {
 };
 
 // What a block makes at a time: items of all blocks follow each other in lines, and those of the
-// last rounds are smaller, so that each block has some.
-template <class Form, bool kGated>
+// last round are smaller, so that each block has some.
+template <class Form, bool kGated, int kSplit = 1>
 struct Item {
-  static constexpr int kMost = kItemColumns / Form::kColumns / (kGated ? 2 : 1);
+  static constexpr int kMost = Form::kItemColumns / Form::kColumns / (kGated ? 2 : 1);
   int first = 0, each = 0;  // lines of out: those of the round's items but its last
   int lines = 0;            // of this
   int begin = 0;            // of the round
 
+  // Lines of an item where so many are left for so many blocks or clusters.
+  __host__ __device__ static int Each(int left, int blocks) {
+    if (left >= kMost * blocks) return kMost;
+    const int even = (left + blocks - 1) / blocks;
+    return even < Form::kLeastLines ? Form::kLeastLines : even;
+  }
   __device__ __forceinline__ bool Next(const Lines& a) {
-    const int blocks = gridDim.x;
+    const int blocks = gridDim.x / kSplit;
     begin += each * blocks;
-    const int left = a.count - begin;
-    each = left >= kMost * blocks ? kMost : Form::Share(left, blocks);
-    first = begin + static_cast<int>(blockIdx.x) * each;
+    each = Each(a.count - begin, blocks);
+    first = begin + static_cast<int>(blockIdx.x / kSplit) * each;
     lines = min(each, a.count - first);
     return lines > 0;
   }
@@ -63,7 +67,7 @@ struct Ring {
   uint32_t memory, filled, used;
   uint32_t bytes;
 
-  // By all threads of the block. `users`: warps that are done with a stage before it is used.
+  // By all threads of the block. `users`: arrivals after which a stage is used.
   __device__ __forceinline__ Ring(const void* at, int size, Barriers& barriers, int users)
       : memory(Shared(at)),
         filled(Shared(barriers.filled)),
@@ -102,7 +106,7 @@ struct Stage {
 };
 
 // Of each stage a copier has every so many lines.
-template <class Form, bool kGated>
+template <class Form, bool kGated, int kSplit>
 __device__ __forceinline__ void CopyWeights(const Lines& a, const Ring& ring, int copier) {
   const int lane = threadIdx.x % kWarp;
   const int line = lane * kCopiers + copier;
@@ -110,7 +114,7 @@ __device__ __forceinline__ void CopyWeights(const Lines& a, const Ring& ring, in
   Stage stage;
   uint32_t oldest = 0;  // of the stages that are not known to be used
   uint32_t begin = 0;   // lane l: of the last stage that is l modulo kWarp
-  for (Item<Form, kGated> item; item.Next(a);) {
+  for (Item<Form, kGated, kSplit> item; item.Next(a);) {
     const uint32_t stage_bytes = item.StageLines() * Form::Bytes(kStep);
     const bool of_up = kGated && line >= item.each;
     const int in_item = of_up ? line - item.each : line;

@@ -14,6 +14,7 @@
 namespace longspan {
 namespace {
 
+using testing::AllowanceOfSums;
 using testing::ExpectActivated;
 using testing::GatedProduct;
 using testing::MultiplyGated;
@@ -36,13 +37,20 @@ class CudaGatedMatMul : public ::testing::TestWithParam<bool> {
                   up = RandomWeights(type, dim, in, random_);
     std::vector<float> x = RandomFloats(rows * in, random_);
     for (float& v : x) v *= scale / std::sqrt(static_cast<float>(in));
+    // In streamed block weights the order of a sum depends on how many columns a block of threads
+    // makes at once, hence on whether it is gated: each of in / 32 additions rounds a partial sum,
+    // of at most some 8, by 2^-22.
+    const bool streamed = IsQuantised(type) && rows <= 4 && !GetParam();
+    const double sums = streamed ? static_cast<double>(in) / 32 * 0x1p-22 : 0;
     for (Activation activation : {Activation::kSilu, Activation::kGeluTanh}) {
       const GatedProduct single = MultiplyGated(*gpu_, x, rows, gate, up, activation);
-      ExpectActivated(single, dim, activation);
+      ExpectActivated(single, dim, activation, sums);
       GatedProduct half = MultiplyGated(*gpu_, x, rows, gate, up, activation, DType::kBF16);
       for (size_t i = 0; i < half.out.size(); ++i) {
         // Where one kernel made the F32 out, its exponential may round otherwise.
-        ASSERT_NEAR(half.out[i], single.out[i], 0x1p-8 * std::fabs(single.out[i]) + 1e-37);
+        ASSERT_NEAR(
+            half.out[i], single.out[i],
+            0x1p-8 * std::fabs(single.out[i]) + AllowanceOfSums(single, dim, i, sums) + 1e-37);
       }
     }
   }

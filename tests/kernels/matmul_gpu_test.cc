@@ -149,6 +149,14 @@ TEST_F(CudaMatMul, EqualsTheCpusAtModelsShapesAndOddOnes) {
       ExpectSame(type, rows, 256, {9000});   // blocks of threads with several items, and one strip
     }
   }
+  for (const int64_t rows : {1, 2, 3, 4}) {  // steps and slices in part, also where x is shared
+    for (const DType type : {DType::kQ4_0, DType::kQ5_0, DType::kQ8_0}) {
+      ExpectSame(type, rows, 672, {300});
+      ExpectSame(type, rows, 4128, {203});
+    }
+    ExpectSame(DType::kQ5_K, rows, 4352, {203});
+    ExpectSame(DType::kBF16, rows, 4160, {203});
+  }
   ExpectSame(DType::kBF16, 2, 64, {20000});  // blocks enough for two tiles each
   ExpectSame(DType::kBF16, 32, 288, {16000, 4001});
 }
