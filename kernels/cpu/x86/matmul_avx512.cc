@@ -104,10 +104,16 @@ LONGSPAN_AVX512 inline void ScaleSums(const float* sums, int64_t count, int offs
   }
 }
 
+// What the calls for a panel's rows ask of the memory ahead: each has every so many runs, so that
+// memory is as busy beside the last rows as beside the first.
+struct Share {
+  int64_t call, calls;
+};
+
 // R rows times the 16 outputs of a panel. A 32-bit lane takes four unsigned levels times four
 // signed activations at once, so that all formats stay unsigned and start from -offset * sum.
 template <class Format, int R>
-LONGSPAN_AVX512 inline void MultiplyRows(const BlockTile& t, int64_t row) {
+LONGSPAN_AVX512 inline void MultiplyRows(const BlockTile& t, int64_t row, const Share& share) {
   using Packed = PackedPanel<Format>;
   constexpr int kGroup = Format::kGroup;
   constexpr int kGroupsOfRun = 32 / kGroup;
@@ -128,8 +134,12 @@ LONGSPAN_AVX512 inline void MultiplyRows(const BlockTile& t, int64_t row) {
   const uint8_t* levels = t.panel;
   const uint8_t* block = t.panel + Packed::ScalesAt(t.in);
   int group = 0;  // of the block
+  int64_t next_asked = share.call;
   for (int64_t run = 0; run < t.in / 32; ++run, levels += Packed::kRunBytes) {
-    if (row == 0) Prefetch<Packed::kRunShare>(t.panel + run * Packed::kRunShare + kAhead);
+    if (run == next_asked) {
+      Prefetch<Packed::kRunShare>(t.panel + run * Packed::kRunShare + kAhead);
+      next_asked += share.calls;
+    }
     LONGSPAN_UNROLL
     for (int part = 0; part < kGroupsOfRun; ++part, ++group) {
       __m512i dot[R];
@@ -183,10 +193,11 @@ LONGSPAN_AVX512 inline void MultiplyRows(const BlockTile& t, int64_t row) {
 template <class Format>
 LONGSPAN_AVX512 void MultiplyBlocks(const BlockTile& t) {
   int64_t row = 0;
-  for (; row + 8 <= t.rows; row += 8) MultiplyRows<Format, 8>(t, row);
-  for (; row + 4 <= t.rows; row += 4) MultiplyRows<Format, 4>(t, row);
-  for (; row + 2 <= t.rows; row += 2) MultiplyRows<Format, 2>(t, row);
-  if (row < t.rows) MultiplyRows<Format, 1>(t, row);
+  Share share = {0, t.rows / 8 + (t.rows & 4) / 4 + (t.rows & 2) / 2 + (t.rows & 1)};
+  for (; row + 8 <= t.rows; row += 8, ++share.call) MultiplyRows<Format, 8>(t, row, share);
+  for (; row + 4 <= t.rows; row += 4, ++share.call) MultiplyRows<Format, 4>(t, row, share);
+  for (; row + 2 <= t.rows; row += 2, ++share.call) MultiplyRows<Format, 2>(t, row, share);
+  if (row < t.rows) MultiplyRows<Format, 1>(t, row, share);
 }
 
 template <DType kType>
