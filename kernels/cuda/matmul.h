@@ -18,6 +18,18 @@ struct Product {
   int64_t columns() const { return weight.shape[0]; }
 };
 
+// Tells a kernel's arguments of the product's x and out, both F32, and its activation.
+template <class Args>
+void DescribeRows(const Product& p, Args* a) {
+  a->x = p.x.as<float>();
+  a->x_stride = p.x.stride[0];
+  a->out = p.out.as<float>();
+  a->out_stride = p.out.stride[0];
+  a->rows = static_cast<int>(p.rows());
+  a->columns = static_cast<int>(p.columns());
+  a->gelu = p.activation == Activation::kGeluTanh;
+}
+
 // x as int8 per group of 32 elements with one F32 scale, the form in which block weights are
 // multiplied by few rows: the products of a group are then exact, as on the CPU.
 constexpr int kQuantisedGroup = 32;

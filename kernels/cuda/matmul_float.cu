@@ -166,17 +166,11 @@ bool InVectors(const Product& p) {
 
 void MultiplyFloats(BackendContext& context, const Product& p) {
   FloatArgs a;
-  a.x = p.x.as<float>();
-  a.x_stride = p.x.stride[0];
+  DescribeRows(p, &a);
   a.weights = p.weight.data;
   a.weight_stride = p.weight.stride[0];
-  a.out = p.out.as<float>();
-  a.out_stride = p.out.stride[0];
-  a.rows = static_cast<int>(p.rows());
   a.in = static_cast<int>(p.in());
-  a.columns = static_cast<int>(p.columns());
   a.up = p.up.data;
-  a.gelu = p.activation == Activation::kGeluTanh;
   const bool vector = InVectors(p);
   switch (p.weight.dtype) {
     case DType::kF32:

@@ -180,17 +180,11 @@ bool IsSkinny(const Product& p) {
 
 void MultiplySkinny(BackendContext& context, const Product& p) {
   SkinnyArgs a;
-  a.x = p.x.as<float>();
-  a.x_stride = p.x.stride[0];
+  DescribeRows(p, &a);
   a.weights = p.weight.as<Bf16>();
   a.weight_stride = p.weight.stride[0];
-  a.out = p.out.as<float>();
-  a.out_stride = p.out.stride[0];
-  a.rows = static_cast<int>(p.rows());
   a.in = static_cast<int>(p.in());
-  a.columns = static_cast<int>(p.columns());
   a.up = p.up.as<Bf16>();
-  a.gelu = p.activation == Activation::kGeluTanh;
   if (a.up != nullptr) {
     Launch<true>(context, a);
   } else {

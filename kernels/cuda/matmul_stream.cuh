@@ -2,7 +2,7 @@
 // Few rows times weights at the speed at which memory gives the weights, also while what comes
 // before is not done. One block a multiprocessor; the weights of its columns come through a ring in
 // shared memory, which begins to fill while x is still being made: rings of all blocks hold up to
-// 27 MB, what an H100's memory gives in 9 us.
+// 28 MB, what an H100's memory gives in 9 us.
 //
 // Where x is long and columns are few, blocks share these in clusters (kSplit): each multiplies its
 // part of the elements, of which alone it needs x, and at the end one of them adds.
@@ -274,13 +274,7 @@ void LaunchStreamIn(BackendContext& context, StreamArgs a, int blocks) {
 template <class Form>
 void LaunchStream(BackendContext& context, const Product& p) {
   StreamArgs a;
-  a.x = p.x.as<float>();
-  a.x_stride = p.x.stride[0];
-  a.out = p.out.as<float>();
-  a.out_stride = p.out.stride[0];
-  a.rows = static_cast<int>(p.rows());
-  a.columns = static_cast<int>(p.columns());
-  a.gelu = p.activation == Activation::kGeluTanh;
+  DescribeRows(p, &a);
   const auto in = static_cast<int>(p.in());
   a.weights = {p.weight.as<unsigned char>(), p.up.as<unsigned char>(),
                BytesOf(p.weight.dtype, p.weight.stride[0] * Form::kColumns), in,

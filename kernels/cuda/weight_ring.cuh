@@ -67,8 +67,8 @@ struct Ring {
   uint32_t memory, filled, used;
   uint32_t bytes;
 
-  // By all threads of the block. `users`: arrivals after which a stage is used.
-  __device__ __forceinline__ Ring(const void* at, int size, Barriers& barriers, int users)
+  // By all threads of the block. `arrivals`: after so many a stage is used.
+  __device__ __forceinline__ Ring(const void* at, int size, Barriers& barriers, int arrivals)
       : memory(Shared(at)),
         filled(Shared(barriers.filled)),
         used(Shared(barriers.used)),
@@ -76,7 +76,7 @@ struct Ring {
     if (threadIdx.x == 0) {
       for (int s = 0; s < kMostStages; ++s) {
         InitBarrier(filled + s * 8, kCopiers);
-        InitBarrier(used + s * 8, users);
+        InitBarrier(used + s * 8, arrivals);
       }
     }
     __syncthreads();

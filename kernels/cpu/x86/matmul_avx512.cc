@@ -118,7 +118,8 @@ LONGSPAN_AVX512 inline void MultiplyRows(const BlockTile& t, int64_t row, const 
   constexpr int kGroup = Format::kGroup;
   constexpr int kGroupsOfRun = 32 / kGroup;
   const int64_t groups = t.in / kGroup;
-  auto* starts = reinterpret_cast<int32_t*>(t.scratch.levels);  // [R, groups]
+  // [R, groups], in room that a form which unpacks no panel leaves free.
+  auto* starts = reinterpret_cast<int32_t*>(t.scratch.levels);
   if (Format::kOffset != 0) {
     ScaleSums((kGroup == 16 ? t.x.sum16 : t.x.sum32) + row * groups, R * groups, Format::kOffset,
               starts);
