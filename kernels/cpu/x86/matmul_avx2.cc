@@ -65,26 +65,72 @@ LONGSPAN_AVX2 void Quantise(const float* x, int64_t in, const QuantisedRows& row
   }
 }
 
+// Bits above the low four of a level, and how many steps share a vector of them.
+template <class Format>
+constexpr int kHighBits = Format::kBits == 8 ? 0 : Format::kBits - 4;
+template <class Format>
+constexpr int kFields = 8 / std::max(kHighBits<Format>, 1);
+
+// Where the high bits lie in a level.
+template <class Format>
+constexpr int kHighField = kHighBits<Format> == 1 ? 16 : 48;
+
+// How far up the high bits of step `step` move to their place in a level.
+template <class Format>
+constexpr int HighShift(int step) {
+  return 4 - kHighBits<Format> * (step % kFields<Format>);
+}
+
+LONGSPAN_AVX2 inline __m256i ShiftLeft(__m256i v, int bits) {
+  return bits >= 0 ? _mm256_slli_epi16(v, bits) : _mm256_srli_epi16(v, -bits);
+}
+
+// Eight outputs' steps of a run, into half `half` of its vectors; as PackedPanel::PackRun.
+template <class Format>
+LONGSPAN_AVX2 inline void PackHalf(const __m256i steps[kRunSteps], int half, uint8_t* run) {
+  run += 32 * half;
+  if (Format::kBits == 8) {
+    LONGSPAN_UNROLL
+    for (int s = 0; s < kRunSteps; ++s) Store256(run + kStepBytes * s, steps[s]);
+    return;
+  }
+  constexpr int kSharing = kFields<Format>, kShared = kHighBits<Format> == 0 ? 0 : kRunSteps;
+  const __m256i low = _mm256_set1_epi8(15), field = _mm256_set1_epi8(kHighField<Format>);
+  LONGSPAN_UNROLL
+  for (int j = 0; j < 4; ++j) {
+    const __m256i odd = _mm256_and_si256(steps[2 * j + 1], low);
+    Store256(run + kStepBytes * j,
+             _mm256_or_si256(_mm256_and_si256(steps[2 * j], low), _mm256_slli_epi16(odd, 4)));
+  }
+  LONGSPAN_UNROLL
+  for (int first = 0; first < kShared; first += kSharing) {
+    __m256i high = _mm256_setzero_si256();
+    LONGSPAN_UNROLL
+    for (int s = 0; s < kSharing; ++s) {
+      const __m256i bits = _mm256_and_si256(steps[first + s], field);
+      high = _mm256_or_si256(high, ShiftLeft(bits, -HighShift<Format>(s)));
+    }
+    Store256(run + kStepBytes * (4 + first / kSharing), high);
+  }
+}
+
 template <class Format>
 LONGSPAN_AVX2 void Pack(const std::byte* const outputs[kPanel], int64_t in, uint8_t* packed) {
   using Packed = PackedPanel<Format>;
   using Block = typename Format::Block;
-  uint8_t steps[kRunSteps * kStepBytes];
   uint8_t* scales = packed + Packed::ScalesAt(in);
   for (int64_t b = 0; b < in / Packed::kElements; ++b, scales += Packed::kScaleBytes) {
     Packed::PackScales(outputs, b, scales);
     for (int run = 0; run < Packed::kElements / 32; ++run, packed += Packed::kRunBytes) {
-      for (int half = 0; half < kPanel; half += 8) {
+      for (int half = 0; half < 2; ++half) {
         __m256i v[8];
         LONGSPAN_UNROLL
-        for (int o = 0; o < 8; ++o) v[o] = LoadLevels(BlockAt<Block>(outputs[half + o], b), run);
-        Transpose8(v);
-        LONGSPAN_UNROLL
-        for (int s = 0; s < 8; ++s) {
-          Store256(steps + kStepBytes * s + 4 * half, v[s]);
+        for (int o = 0; o < 8; ++o) {
+          v[o] = LoadLevels(BlockAt<Block>(outputs[8 * half + o], b), run);
         }
+        Transpose8(v);
+        PackHalf<Format>(v, half, packed);
       }
-      Packed::PackRun(steps, packed);
     }
   }
 }
@@ -95,13 +141,11 @@ LONGSPAN_AVX2 inline __m256i UnpackLevels(const uint8_t* run, int step, int half
   const __m256i bytes = Load256(run + kStepBytes * (step / 2) + 32 * half);
   const __m256i nibbles =
       _mm256_and_si256(step % 2 == 0 ? bytes : _mm256_srli_epi16(bytes, 4), _mm256_set1_epi8(15));
-  constexpr int kBits = Format::kBits - 4;
-  if (kBits == 0) return nibbles;
-  const int fields = 8 / std::max(kBits, 1);
-  const __m256i high = Load256(run + kStepBytes * (4 + step / fields) + 32 * half);
-  const int up = 4 - kBits * (step % fields);
-  const __m256i moved = up >= 0 ? _mm256_slli_epi16(high, up) : _mm256_srli_epi16(high, -up);
-  return _mm256_or_si256(nibbles, _mm256_and_si256(moved, _mm256_set1_epi8(kBits == 1 ? 16 : 48)));
+  if (kHighBits<Format> == 0) return nibbles;
+  constexpr int kSharing = kFields<Format>;
+  const __m256i high = Load256(run + kStepBytes * (4 + step / kSharing) + 32 * half);
+  const __m256i moved = ShiftLeft(high, HighShift<Format>(step));
+  return _mm256_or_si256(nibbles, _mm256_and_si256(moved, _mm256_set1_epi8(kHighField<Format>)));
 }
 
 LONGSPAN_AVX2 inline __m256 ScalesOf(const uint8_t* bytes, bool is_signed, __m256 d) {
