@@ -44,26 +44,40 @@ using Bf16Tile = ProductTile<uint16_t>;
 
 // Quantised rows of x, as I8 views hold them. q = round(x / scale) of each group of 32, |q| <= 127.
 // Arrays of consecutive rows follow each other at in, in / 32, in / 16, … elements.
+//
+// The last two, which only AVX2 makes and reads, are where its 16-bit sums over 16 and over 32
+// elements begin: the sums of q with i % 4 < 2 and of the others, in an int32's low and high half,
+// -32 times and -16 times, by which levels of at most 6 and at most 5 bits become signed.
 struct QuantisedRows {
   int8_t* q;          // [rows, in]
   float* scale;       // [rows, in / 32]
   float* sum16;       // [rows, in / 16] sums of q, exact
   float* sum32;       // [rows, in / 32] sums of q, exact
   float* scaled_sum;  // [rows, in / 32] scale * sum32
+  int32_t* begin16;   // [rows, in / 16]
+  int32_t* begin32;   // [rows, in / 32]
 
   // One array after another, not aligned beyond their types: one row of 32 fits where it was F32.
   static constexpr int64_t Bytes(int64_t rows, int64_t in) {
-    return rows * in + 5 * sizeof(float) * (rows * in / 32);
+    return rows * in + 8 * sizeof(float) * (rows * in / 32);
   }
   static QuantisedRows At(void* memory, int64_t rows, int64_t in) {
     auto* q = static_cast<int8_t*>(memory);
     auto* floats = reinterpret_cast<float*>(q + rows * in);
     const int64_t groups = rows * in / 32;
-    return {q, floats, floats + groups, floats + 3 * groups, floats + 4 * groups};
+    auto* begins = reinterpret_cast<int32_t*>(floats + 5 * groups);
+    return {q,
+            floats,
+            floats + groups,
+            floats + 3 * groups,
+            floats + 4 * groups,
+            begins,
+            begins + 2 * groups};
   }
   QuantisedRows Row(int64_t row, int64_t in) const {
     const int64_t group = row * in / 32;
-    return {q + row * in, scale + group, sum16 + 2 * group, sum32 + group, scaled_sum + group};
+    return {q + row * in,       scale + group,       sum16 + 2 * group, sum32 + group,
+            scaled_sum + group, begin16 + 2 * group, begin32 + group};
   }
 };
 static_assert(QuantisedRows::Bytes(1, 32) <= BytesOf(DType::kI8, 32));

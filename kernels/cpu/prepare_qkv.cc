@@ -114,7 +114,8 @@ void StoreBlocks(const MatMulKernels& kernels, const float* x, const View& to, i
     auto* block = reinterpret_cast<BlockQ8_0*>(to.row(row) + BytesOf(to.dtype, h * to.stride[1]));
     for (int64_t d = 0; d < to.shape[2]; d += 32, x += 32, ++block) {
       float scale, sum16[2], sum32, scaled_sum;
-      kernels.quantise(x, 32, {block->q, &scale, sum16, &sum32, &scaled_sum});
+      int32_t begin16[2], begin32;
+      kernels.quantise(x, 32, {block->q, &scale, sum16, &sum32, &scaled_sum, begin16, &begin32});
       block->d = ToF16(scale);
     }
   }

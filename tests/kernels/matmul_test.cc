@@ -159,9 +159,11 @@ TEST_P(MatMul, NeverOverflowsItsIntegerSums) {
         const int n = type == DType::kQ4_K || type == DType::kQ5_K ? 4 : 2;
         std::copy_n(scales.bytes.begin() + b + at, n, w.bytes.begin() + b + at);
       }
-      for (float value : {1.0f, -1.0f}) {
+      // Pairs that 16-bit sums take at once go to the same and to opposite ends.
+      for (const auto& [even, odd] : {std::pair{1, 1}, {-1, -1}, {1, -1}, {-1, 1}}) {
         for (int64_t rows : {1, 9}) {
-          const std::vector<float> x(rows * w.columns, value);
+          std::vector<float> x(rows * w.columns);
+          for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i % 4 < 2 ? even : odd);
           ExpectProduct(w, x, rows, Multiply(*backend, x, rows, {&w}), rounds());
         }
       }

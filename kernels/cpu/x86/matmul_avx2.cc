@@ -17,14 +17,18 @@ LONGSPAN_AVX2 inline float HorizontalMax(__m256i v) {
   return std::bit_cast<float>(_mm_cvtsi128_si32(m));
 }
 
-// Sums of the 16 bytes of each half.
-LONGSPAN_AVX2 inline void HalfSums(__m256i q, int sum[2]) {
-  const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), q);
-  const __m256i quads = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-  const __m256i twice = _mm256_add_epi32(quads, _mm256_shuffle_epi32(quads, 0x4e));
-  const __m256i all = _mm256_add_epi32(twice, _mm256_shuffle_epi32(twice, 0xb1));
-  sum[0] = _mm_cvtsi128_si32(_mm256_castsi256_si128(all));
-  sum[1] = _mm_cvtsi128_si32(_mm256_extracti128_si256(all, 1));
+// Bytes with i % 4 < 2 and the others of each 16, summed in the halves of the 16's int32s.
+LONGSPAN_AVX2 inline __m256i PairSums(__m256i q) {
+  const __m256i once = _mm256_maddubs_epi16(_mm256_set1_epi8(1), q);
+  const __m256i twice = _mm256_add_epi16(once, _mm256_shuffle_epi32(once, 0x4e));
+  return _mm256_add_epi16(twice, _mm256_shuffle_epi32(twice, 0xb1));
+}
+
+LONGSPAN_AVX2 inline int32_t FirstOf(__m128i v) { return _mm_cvtsi128_si32(v); }
+
+// v * -2^bits in 16 bits.
+LONGSPAN_AVX2 inline __m128i TimesMinus(__m128i v, int bits) {
+  return _mm_sub_epi16(_mm_setzero_si128(), _mm_slli_epi16(v, bits));
 }
 
 LONGSPAN_AVX2 void Quantise(const float* x, int64_t in, const QuantisedRows& row) {
@@ -54,14 +58,20 @@ LONGSPAN_AVX2 void Quantise(const float* x, int64_t in, const QuantisedRows& row
     const __m256i bytes =
         _mm256_permutevar8x32_epi32(words, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(row.q + kActivationGroup * g), bytes);
-    int sum[2];
-    HalfSums(bytes, sum);
+    const __m256i pairs = PairSums(bytes);
+    const __m128i low = _mm256_castsi256_si128(pairs), high = _mm256_extracti128_si256(pairs, 1);
+    const __m128i ones = _mm_set1_epi16(1);
+    const int32_t sum[2] = {FirstOf(_mm_madd_epi16(low, ones)),
+                            FirstOf(_mm_madd_epi16(high, ones))};
     const float scale = zero ? 0 : amax / 127;
     row.scale[g] = scale;
     row.sum16[2 * g] = sum[0];
     row.sum16[2 * g + 1] = sum[1];
     row.sum32[g] = sum[0] + sum[1];
     row.scaled_sum[g] = scale * (sum[0] + sum[1]);
+    row.begin16[2 * g] = FirstOf(TimesMinus(low, 5));
+    row.begin16[2 * g + 1] = FirstOf(TimesMinus(high, 5));
+    row.begin32[g] = FirstOf(TimesMinus(_mm_add_epi16(low, high), 4));
   }
 }
 
@@ -211,19 +221,18 @@ LONGSPAN_AVX2 Panel Unpack(const uint8_t* packed, int64_t in, const PanelMemory&
 template <class Format>
 constexpr bool kSigned = Format::kBits == 8;
 
-// Pairs of products of a level (at most 2^bits - 1, or 128) and an activation (at most 127) that a
-// signed 16-bit sum holds.
+// By how much levels of fewer bits are lowered, through where their 16-bit sums begin (which may
+// pass 16 bits on the way), so that the sums of a whole group fit: 4 bits do as they are.
 template <class Format>
-constexpr int kStepsPerSum = Format::kBits == 4   ? 8
-                             : Format::kBits == 5 ? 4
-                             : Format::kBits == 6 ? 2
-                                                  : 1;
-static_assert(15 * 127 * 2 * 8 < 32768 && 31 * 127 * 2 * 4 < 32768 && 63 * 127 * 2 * 2 < 32768 &&
+constexpr int kLowered = Format::kBits == 5   ? 16
+                         : Format::kBits == 6 ? 32
+                                              : 0;
+static_assert(15 * 127 * 16 < 32768 && 16 * 127 * 16 < 32768 && 32 * 127 * 8 < 32768 &&
               128 * 127 * 2 < 32768);
 
-LONGSPAN_AVX2 inline __m256i Broadcast4(const int8_t* q) {
+LONGSPAN_AVX2 inline __m256i Broadcast4(const void* p) {
   int word;
-  std::memcpy(&word, q, 4);
+  std::memcpy(&word, p, 4);
   return _mm256_set1_epi32(word);
 }
 
@@ -231,86 +240,112 @@ LONGSPAN_AVX2 inline __m256i Broadcast4(const int8_t* q) {
 // loop first, add them as a tree, and spill most of them on the way.
 LONGSPAN_AVX2 inline void Settle(__m256i& sum) { asm("" : "+x"(sum)); }
 
+// The exact dot products of a group's levels of 8 bits with R rows of x.
+template <int R>
+LONGSPAN_AVX2 inline void DotSigned(const uint8_t* levels, const int8_t* q, int64_t in,
+                                    __m256i dot[R][2]) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  LONGSPAN_UNROLL
+  for (int s = 0; s < kRunSteps; ++s, levels += kStepBytes) {
+    LONGSPAN_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      const __m256i w = _mm256_xor_si256(Load256(levels + 32 * h), _mm256_set1_epi8(-128));
+      const __m256i magnitude = _mm256_abs_epi8(w);
+      LONGSPAN_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const __m256i x = _mm256_sign_epi8(Broadcast4(q + r * in + 4 * s), w);
+        const __m256i sums = _mm256_madd_epi16(_mm256_maddubs_epi16(magnitude, x), ones);
+        dot[r][h] = s == 0 ? sums : _mm256_add_epi32(dot[r][h], sums);
+        Settle(dot[r][h]);
+      }
+    }
+  }
+}
+
+// Those of levels of fewer bits less kLowered.
+template <class Format, int R>
+LONGSPAN_AVX2 inline void DotLowered(const uint8_t* levels, const int8_t* q, int64_t in,
+                                     const int32_t* begin, int64_t groups, __m256i dot[R][2]) {
+  LONGSPAN_UNROLL
+  for (int s = 0; s < Format::kGroup / 4; ++s, levels += kStepBytes) {
+    const __m256i w[2] = {Load256(levels), Load256(levels + 32)};
+    LONGSPAN_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const __m256i x = Broadcast4(q + r * in + 4 * s);
+      LONGSPAN_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        const __m256i product = _mm256_maddubs_epi16(w[h], x);
+        if (s > 0) {
+          dot[r][h] = _mm256_add_epi16(dot[r][h], product);
+        } else {
+          dot[r][h] = kLowered<Format> == 0
+                          ? product
+                          : _mm256_add_epi16(Broadcast4(begin + r * groups), product);
+        }
+        Settle(dot[r][h]);
+      }
+    }
+  }
+  LONGSPAN_UNROLL
+  for (int r = 0; r < R; ++r) {
+    LONGSPAN_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      dot[r][h] = _mm256_madd_epi16(dot[r][h], _mm256_set1_epi16(1));
+    }
+  }
+}
+
 // R rows times the 16 outputs of a panel.
 template <class Format, int R>
 LONGSPAN_AVX2 inline void MultiplyRows(const BlockTile& t, const Panel& panel, int64_t row) {
   constexpr int kGroup = Format::kGroup;
-  constexpr int kSteps = kStepsPerSum<Format>;
-  const __m256i ones = _mm256_set1_epi16(1);
-  const int64_t groups = t.in / kGroup;
+  const int64_t groups = t.in / kGroup, scales = t.in / 32;
   const int8_t* q = t.x.q + row * t.in;
-  const float* x_scale = t.x.scale + row * (t.in / 32);
-  const float* x_sum = (kGroup == 16 ? t.x.sum16 : t.x.sum32) + row * groups;
-  const float* x_scaled_sum = t.x.scaled_sum + row * (t.in / 32);
+  const float* x_scale = t.x.scale + row * scales;
+  const float* x_sum = t.x.sum32 + row * scales;
+  const float* x_scaled_sum = t.x.scaled_sum + row * scales;
+  const int32_t* begin = (kGroup == 16 ? t.x.begin16 : t.x.begin32) + row * groups;
   __m256 result[R][2];
   LONGSPAN_UNROLL
   for (int r = 0; r < R; ++r) result[r][0] = result[r][1] = _mm256_setzero_ps();
   const uint8_t* levels = panel.levels;
-  for (int64_t g = 0; g < groups; ++g) {
+  for (int64_t g = 0; g < groups; ++g, q += kGroup, levels += kGroup * kPanel) {
     // Others' levels were asked for when they were unpacked.
-    if (Format::kBits == 8 && row == 0) {
+    if (kSigned<Format> && row == 0) {
       Prefetch<PackedPanel<Format>::kRunShare>(t.panel + g * PackedPanel<Format>::kRunShare +
                                                kAhead);
     }
     __m256i dot[R][2];
-    LONGSPAN_UNROLL
-    for (int r = 0; r < R; ++r) dot[r][0] = dot[r][1] = _mm256_setzero_si256();
-    for (int chunk = 0; chunk < kGroup / 4; chunk += kSteps) {
-      __m256i sum[R][2];
-      LONGSPAN_UNROLL
-      for (int s = 0; s < kSteps; ++s, levels += 4 * kPanel) {
-        __m256i w[2] = {Load256(levels), Load256(levels + 32)};
-        __m256i signs[2];
-        if (kSigned<Format>) {
-          LONGSPAN_UNROLL
-          for (int h = 0; h < 2; ++h) {
-            signs[h] = _mm256_xor_si256(w[h], _mm256_set1_epi8(-128));
-            w[h] = _mm256_abs_epi8(signs[h]);
-          }
-        }
-        LONGSPAN_UNROLL
-        for (int r = 0; r < R; ++r) {
-          const __m256i x = Broadcast4(q + r * t.in + 4 * (chunk + s));
-          LONGSPAN_UNROLL
-          for (int h = 0; h < 2; ++h) {
-            const __m256i signed_x = kSigned<Format> ? _mm256_sign_epi8(x, signs[h]) : x;
-            const __m256i product = _mm256_maddubs_epi16(w[h], signed_x);
-            sum[r][h] = s == 0 ? product : _mm256_add_epi16(sum[r][h], product);
-            Settle(sum[r][h]);
-          }
-        }
-      }
-      LONGSPAN_UNROLL
-      for (int r = 0; r < R; ++r) {
-        LONGSPAN_UNROLL
-        for (int h = 0; h < 2; ++h) {
-          dot[r][h] = _mm256_add_epi32(dot[r][h], _mm256_madd_epi16(sum[r][h], ones));
-        }
-      }
+    if constexpr (kSigned<Format>) {
+      DotSigned<R>(levels, q, t.in, dot);
+    } else {
+      DotLowered<Format, R>(levels, q, t.in, begin + g, groups, dot);
     }
-    q += kGroup;
+    const int64_t x_group = g * kGroup / 32;
     LONGSPAN_UNROLL
     for (int h = 0; h < 2; ++h) {
       const __m256 scale = _mm256_loadu_ps(panel.scales + g * kPanel + 8 * h);
       LONGSPAN_UNROLL
       for (int r = 0; r < R; ++r) {
         __m256 value = _mm256_cvtepi32_ps(dot[r][h]);
-        if (!kSigned<Format> && Format::kOffset != 0) {
-          value = _mm256_fnmadd_ps(_mm256_broadcast_ss(x_sum + r * groups + g),
-                                   _mm256_set1_ps(Format::kOffset), value);
+        constexpr int kBack = kSigned<Format> ? 0 : kLowered<Format> - Format::kOffset;
+        if (kBack != 0) {
+          value = _mm256_fmadd_ps(_mm256_broadcast_ss(x_sum + r * scales + x_group),
+                                  _mm256_set1_ps(kBack), value);
         }
         const __m256 both =
-            _mm256_mul_ps(scale, _mm256_broadcast_ss(x_scale + r * (t.in / 32) + g * kGroup / 32));
+            _mm256_mul_ps(scale, _mm256_broadcast_ss(x_scale + r * scales + x_group));
         result[r][h] = _mm256_fmadd_ps(value, both, result[r][h]);
         if (Format::kMin) {
           const __m256 min = _mm256_loadu_ps(panel.mins + g * kPanel + 8 * h);
           result[r][h] = _mm256_fnmadd_ps(
-              min, _mm256_broadcast_ss(x_scaled_sum + r * (t.in / 32) + g), result[r][h]);
+              min, _mm256_broadcast_ss(x_scaled_sum + r * scales + x_group), result[r][h]);
         }
       }
     }
   }
   alignas(32) float whole[kPanel];
+  LONGSPAN_UNROLL
   for (int r = 0; r < R; ++r) {
     float* out = t.out + (row + r) * t.out_stride;
     float* to = t.columns == kPanel ? out : whole;
@@ -320,13 +355,15 @@ LONGSPAN_AVX2 inline void MultiplyRows(const BlockTile& t, const Panel& panel, i
   }
 }
 
+// Sums of three rows, their results and a step fit 16 registers. One row alone is slow: four are
+// two and two.
 template <class Format>
 LONGSPAN_AVX2 void MultiplyBlocks(const BlockTile& t) {
   const Panel panel = Unpack<Format>(t.panel, t.in, t.scratch);
   int64_t row = 0;
-  for (; row + 3 <= t.rows; row += 3) MultiplyRows<Format, 3>(t, panel, row);
-  if (t.rows - row == 2) MultiplyRows<Format, 2>(t, panel, row);
-  if (t.rows - row == 1) MultiplyRows<Format, 1>(t, panel, row);
+  for (; t.rows - row == 3 || t.rows - row > 4; row += 3) MultiplyRows<Format, 3>(t, panel, row);
+  for (; row + 2 <= t.rows; row += 2) MultiplyRows<Format, 2>(t, panel, row);
+  if (row < t.rows) MultiplyRows<Format, 1>(t, panel, row);
 }
 
 template <DType kType>
