@@ -10,6 +10,13 @@
 namespace longspan::cpu {
 namespace {
 
+typedef float FourLanes __attribute__((vector_size(16)));
+
+// Whether three queries are taken next of so many that are left. Of three, twelve sums, the queries
+// and a key fit 16 registers, and seven loads serve twelve products; of two it is six for eight;
+// one waits for its own sums, so four are two and two.
+inline bool TakeThree(int left) { return left == 3 || left > 4; }
+
 LONGSPAN_TARGET void Load(DType dtype, const std::byte* from, int64_t stride, int rows, int dim,
                           int padded, float* to) {
   for (int row = 0; row < rows; ++row, from += stride, to += padded) {
@@ -30,54 +37,65 @@ LONGSPAN_TARGET void Load(DType dtype, const std::byte* from, int64_t stride, in
   }
 }
 
-// Sums of eight accumulators' lanes, each as ((0+1)+(2+3))+((4+5)+(6+7)).
 LONGSPAN_TARGET LONGSPAN_INLINE void Pairs(const Lanes& a, const Lanes& b, Lanes& out) {
   out = __builtin_shufflevector(a, b, 0, 2, 8, 10, 4, 6, 12, 14) +
         __builtin_shufflevector(a, b, 1, 3, 9, 11, 5, 7, 13, 15);
 }
 
-LONGSPAN_TARGET LONGSPAN_INLINE void SumEight(const Lanes (&a)[8], Lanes& out) {
-  Lanes x[4], y[2];
-  for (int i = 0; i < 4; ++i) Pairs(a[2 * i], a[2 * i + 1], x[i]);
-  for (int i = 0; i < 2; ++i) Pairs(x[2 * i], x[2 * i + 1], y[i]);
-  out = __builtin_shufflevector(y[0], y[1], 0, 1, 2, 3, 8, 9, 10, 11) +
-        __builtin_shufflevector(y[0], y[1], 4, 5, 6, 7, 12, 13, 14, 15);
+// Sums of four accumulators' lanes, each as ((0+1)+(2+3))+((4+5)+(6+7)).
+LONGSPAN_TARGET LONGSPAN_INLINE void SumFour(const Lanes* a, float* to) {
+  Lanes x[2], y;
+  Pairs(a[0], a[1], x[0]);
+  Pairs(a[2], a[3], x[1]);
+  Pairs(x[0], x[1], y);
+  const FourLanes sums =
+      __builtin_shufflevector(y, y, 0, 1, 2, 3) + __builtin_shufflevector(y, y, 4, 5, 6, 7);
+  std::memcpy(to, &sums, sizeof(sums));
 }
 
-// kQ queries against 8 / kQ keys.
-template <int kQ>
+// kQ queries against kK keys, a multiple of four.
+template <int kQ, int kK>
 LONGSPAN_TARGET LONGSPAN_INLINE void ScoreTile(const float* queries, const float* keys, int padded,
                                                float* scores) {
-  constexpr int kK = 8 / kQ;
-  Lanes sums[8] = {};
+  Lanes sums[kQ * kK] = {};
   for (int d = 0; d < padded; d += kLanes) {
-    Lanes key[kK];
-    for (int k = 0; k < kK; ++k) key[k] = *reinterpret_cast<const Lanes*>(keys + k * padded + d);
+    Lanes query[kQ];
+    LONGSPAN_UNROLL
     for (int q = 0; q < kQ; ++q) {
-      const Lanes query = *reinterpret_cast<const Lanes*>(queries + q * padded + d);
-      for (int k = 0; k < kK; ++k) sums[q * kK + k] += query * key[k];
+      query[q] = *reinterpret_cast<const Lanes*>(queries + q * padded + d);
+    }
+    LONGSPAN_UNROLL
+    for (int k = 0; k < kK; ++k) {
+      const Lanes key = *reinterpret_cast<const Lanes*>(keys + k * padded + d);
+      LONGSPAN_UNROLL
+      for (int q = 0; q < kQ; ++q) sums[q * kK + k] += query[q] * key;
     }
   }
-  Lanes out;
-  SumEight(sums, out);
-  for (int q = 0; q < kQ; ++q) {
-    std::memcpy(scores + q * kBlockKeys, reinterpret_cast<const float*>(&out) + q * kK,
-                sizeof(float) * kK);
+  LONGSPAN_UNROLL
+  for (int i = 0; i < kQ * kK; i += 4) {
+    SumFour(sums + i, scores + i / kK * kBlockKeys + i % kK);
+  }
+}
+
+template <int kQ, int kK>
+LONGSPAN_TARGET LONGSPAN_INLINE void ScoreRows(const float* queries, const float* keys, int begin,
+                                               int end, int padded, float* scores) {
+  for (int k = begin / kK * kK; k < end; k += kK) {
+    ScoreTile<kQ, kK>(queries, keys + k * padded, padded, scores + k);
   }
 }
 
 LONGSPAN_TARGET void Scores(const float* queries, int count, const float* keys, int begin, int end,
                             int padded, float* scores) {
   int q = 0;
-  for (; q + 2 <= count; q += 2) {
-    for (int k = begin / 4 * 4; k < end; k += 4) {
-      ScoreTile<2>(queries + q * padded, keys + k * padded, padded, scores + q * kBlockKeys + k);
-    }
+  for (; TakeThree(count - q); q += 3) {
+    ScoreRows<3, 4>(queries + q * padded, keys, begin, end, padded, scores + q * kBlockKeys);
   }
-  for (; q < count; ++q) {
-    for (int k = begin / 8 * 8; k < end; k += 8) {
-      ScoreTile<1>(queries + q * padded, keys + k * padded, padded, scores + q * kBlockKeys + k);
-    }
+  for (; q + 2 <= count; q += 2) {
+    ScoreRows<2, 4>(queries + q * padded, keys, begin, end, padded, scores + q * kBlockKeys);
+  }
+  if (q < count) {
+    ScoreRows<1, 8>(queries + q * padded, keys, begin, end, padded, scores + q * kBlockKeys);
   }
 }
 
@@ -107,22 +125,24 @@ LONGSPAN_TARGET LONGSPAN_INLINE void AccumulateTile(const float* p, const float*
                                                     int end, int padded, const float* rescale,
                                                     float* out) {
   Lanes sums[kQ][kC];
+  LONGSPAN_UNROLL
   for (int q = 0; q < kQ; ++q) {
+    LONGSPAN_UNROLL
     for (int c = 0; c < kC; ++c) {
       sums[q][c] = *reinterpret_cast<const Lanes*>(out + q * padded + c * kLanes) * rescale[q];
     }
   }
   for (int k = begin; k < end; ++k) {
-    Lanes value[kC];
+    LONGSPAN_UNROLL
     for (int c = 0; c < kC; ++c) {
-      value[c] = *reinterpret_cast<const Lanes*>(values + k * padded + c * kLanes);
-    }
-    for (int q = 0; q < kQ; ++q) {
-      const float weight = p[q * kBlockKeys + k];
-      for (int c = 0; c < kC; ++c) sums[q][c] += value[c] * weight;
+      const Lanes value = *reinterpret_cast<const Lanes*>(values + k * padded + c * kLanes);
+      LONGSPAN_UNROLL
+      for (int q = 0; q < kQ; ++q) sums[q][c] += value * p[q * kBlockKeys + k];
     }
   }
+  LONGSPAN_UNROLL
   for (int q = 0; q < kQ; ++q) {
+    LONGSPAN_UNROLL
     for (int c = 0; c < kC; ++c)
       *reinterpret_cast<Lanes*>(out + q * padded + c * kLanes) = sums[q][c];
   }
@@ -144,11 +164,15 @@ LONGSPAN_TARGET LONGSPAN_INLINE void AccumulateRows(const float* p, const float*
 LONGSPAN_TARGET void Accumulate(const float* p, int count, const float* values, int begin, int end,
                                 int padded, const float* rescale, float* out) {
   int q = 0;
+  for (; TakeThree(count - q); q += 3) {
+    AccumulateRows<3>(p + q * kBlockKeys, values, begin, end, padded, rescale + q,
+                      out + q * padded);
+  }
   for (; q + 2 <= count; q += 2) {
     AccumulateRows<2>(p + q * kBlockKeys, values, begin, end, padded, rescale + q,
                       out + q * padded);
   }
-  for (; q < count; ++q) {
+  if (q < count) {
     AccumulateRows<1>(p + q * kBlockKeys, values, begin, end, padded, rescale + q,
                       out + q * padded);
   }
