@@ -43,11 +43,14 @@ absl::StatusOr<LoadedModel> LoadModel(const std::string& path, Backend& backend,
   if (!checkpoint.ok()) return checkpoint.status();
   loaded.checkpoint = *std::move(checkpoint);
 
-  // One thread's work of strings while the backend's pack the weights.
-  auto reading =
-      std::async(std::launch::async, [&loaded] { return Tokenizer::Create(*loaded.checkpoint); });
-  auto model = Model::Load(loaded.checkpoint, backend, options);
-  auto tokenizer = reading.get();
+  // One thread's work of strings while the backend's pack the weights. It is this thread's: glibc
+  // gives another one memory by the page, a system call for each, of which a large vocabulary takes
+  // thousands.
+  auto packing = std::async(std::launch::async, [&loaded, &backend, &options] {
+    return Model::Load(loaded.checkpoint, backend, options);
+  });
+  auto tokenizer = Tokenizer::Create(*loaded.checkpoint);
+  auto model = packing.get();
   if (!tokenizer.ok()) return tokenizer.status();
   if (!model.ok()) return model.status();
   loaded.tokenizer = *std::move(tokenizer);
