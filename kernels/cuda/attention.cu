@@ -2,13 +2,14 @@
 // attention_tiles.cu. Bytes: each visible key and value once per KV head (once per 8 query heads of
 // it, 4 in fp32); operations: 4 * head_dim per query head and key.
 //
-// A row's keys are cut into splits by the row's own length alone, so that its result depends
-// neither on its neighbours nor on the chunk it arrived in. A block makes one split's partial
-// result (where keys are bf16 a warp, attention_splits.cu), and a second kernel merges a row's
-// splits in order; where these are few, a cluster of blocks does all of it (attention_clusters.cu).
-// Splits of observed rows also leave their scores, from which another kernel makes records
-// (attention_spans.cu), beside the merge where there is one; of an observed row that is attended in
-// a tile, splits are made for that.
+// Over bf16 keys, rows that see few are attended by clusters of blocks (attention_clusters.cu),
+// others by warps that have even shares of all keys (attention_shares.cu); what follows there for a
+// row depends, to rounding, on the rows beside it. Over others a row's keys are cut into splits by
+// its own length alone, so that its result depends neither on its neighbours nor on the chunk it
+// arrived in; a block makes a split's partial result. A second kernel merges partial results in
+// order. Observed rows also leave their scores, from which another kernel makes records
+// (attention_spans.cu), beside the merge where there is one; an observed row that is attended in a
+// tile is attended once more for that.
 #include <algorithm>
 
 #include "kernels/cuda/attention.cuh"
@@ -128,7 +129,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) Partial(const Piece p) {
     if (h < heads) {
       float top = tops[0];
       for (int w = 1; w < kWarps; ++w) top = fmaxf(top, tops[w]);
-      float* to = Partials(p, blockIdx.x, first_head + h, split);
+      float* to = PartialsOf(p, blockIdx.x, first_head + h).first + split * PartialStride(p.dim);
       for (int d = threadIdx.x; d < p.dim; d += kWarps * kWarp) {
         float all = 0;
         for (int w = 0; w < kWarps; ++w) all += expf(tops[w] - top) * sums[w][d];
@@ -145,47 +146,42 @@ __global__ void __launch_bounds__(kWarps* kWarp) Partial(const Piece p) {
   }
 }
 
-// grid: rows, heads. Threads take four channels each and, side by side, every so many splits.
+// grid: rows, heads, parts of a head's channels. Threads take four channels each and, side by side,
+// every so many partial results.
 __global__ void __launch_bounds__(kMergeThreads) Merge(const Piece p) {
   const int row_index = p.first_row + blockIdx.x, head = blockIdx.y, lane = threadIdx.x % kWarp;
-  const int splits = Row(p, row_index).splits;
-  const int stride = PartialStride(p.dim), fours = (p.dim + 3) / 4;
-  const int sides = kMergeThreads / fours;
-  const int side = threadIdx.x / fours, d = threadIdx.x % fours * 4;
-  const float* from = Partials(p, blockIdx.x, head, 0);
+  const int fours = (p.dim + 4 * gridDim.z - 1) / (4 * gridDim.z), sides = kMergeThreads / fours;
+  const int side = threadIdx.x / fours, d = (blockIdx.z * fours + threadIdx.x % fours) * 4;
   if (p.scores == nullptr) LetNextBegin();
   AwaitEarlier();
-  LetNextBegin();  // ObserveSpans, which needs the splits but not this
+  LetNextBegin();  // ObserveSpans, which needs the partial results but not this
   if (p.out == nullptr) return;
 
-  // Every warp knows all factors, a lane those of every 32nd split.
-  constexpr int kPerLane = kMaxSplits / kWarp;
-  float tops[kPerLane], totals[kPerLane];
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    const int s = lane + i * kWarp;
-    tops[i] = s < splits ? from[s * stride + p.dim] : -INFINITY;
-    totals[i] = s < splits ? from[s * stride + p.dim + 1] : 0;
-  }
-  constexpr int kAhead = 8;  // loads of a thread that do not wait for the factors
+  const PartialRange parts = PartialsOf(p, blockIdx.x, head);
+  const auto Top = [&](int i) { return parts.first[i * parts.stride + p.dim]; };
+  constexpr int kAhead = 8;  // loads of a thread that do not wait for the highest
   float4 ahead[kAhead];
-  const auto SplitOf = [&](int i) { return side < sides ? side + i * sides : kMaxSplits; };
-  const auto Sums = [&](int s) {
-    return s < splits ? *reinterpret_cast<const float4*>(from + s * stride + d) : float4{};
+  float tops[kAhead];
+  const int first = side < sides && d < p.dim ? side : parts.count;
+  const auto Fetch = [&](int begin) {
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      const int i = begin + k * sides;
+      const bool is = i < parts.count;
+      ahead[k] =
+          is ? *reinterpret_cast<const float4*>(parts.first + i * parts.stride + d) : float4{};
+      tops[k] = is ? Top(i) : -INFINITY;
+    }
   };
-#pragma unroll
-  for (int i = 0; i < kAhead; ++i) ahead[i] = Sums(SplitOf(i));
+  Fetch(first);
 
-  float top = p.sinks != nullptr ? p.sinks[head] : -INFINITY;
-#pragma unroll
-  for (float t : tops) top = fmaxf(top, t);
+  // Every warp knows the highest of all and their total.
+  float top = p.sinks != nullptr ? p.sinks[head] : -INFINITY, total = 0;
+  for (int i = lane; i < parts.count; i += kWarp) top = fmaxf(top, Top(i));
 #pragma unroll
   for (int mask = kWarp / 2; mask > 0; mask /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, mask));
-  float factors[kPerLane], total = 0;
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    factors[i] = expf(tops[i] - top);
-    total += factors[i] * totals[i];
+  for (int i = lane; i < parts.count; i += kWarp) {
+    total += parts.first[i * parts.stride + p.dim + 1] * expf(Top(i) - top);
   }
   total = WarpSum(total) + (p.sinks != nullptr ? expf(p.sinks[head] - top) : 0.0f);
 
@@ -196,22 +192,10 @@ __global__ void __launch_bounds__(kMergeThreads) Merge(const Piece p) {
     sum.z = fmaf(factor, v.z, sum.z);
     sum.w = fmaf(factor, v.w, sum.w);
   };
-  const auto Factor = [&](int s) {
-    float factor = 0;
+  for (int i = first; i < parts.count; i += kAhead * sides) {
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const float of_lane = __shfl_sync(~0u, factors[i], s % kWarp);
-      if (s / kWarp == i) factor = of_lane;
-    }
-    return factor;
-  };
-#pragma unroll
-  for (int i = 0; i < kAhead; ++i) Add(Factor(SplitOf(i)), ahead[i]);
-  for (int i = kAhead; i * sides < splits; i += kAhead) {
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k) ahead[k] = Sums(SplitOf(i + k));
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k) Add(Factor(SplitOf(i + k)), ahead[k]);
+    for (int k = 0; k < kAhead; ++k) Add(expf(tops[k] - top), ahead[k]);
+    Fetch(i + kAhead * sides);
   }
   __shared__ float4 sums[kMergeThreads];
   sums[threadIdx.x] = sum;
@@ -227,10 +211,10 @@ __global__ void __launch_bounds__(kMergeThreads) Merge(const Piece p) {
 }
 
 template <class T, int kPer, bool kObserve>
-void LaunchPartial(BackendContext& context, const Piece& p, int rows) {
+void LaunchPartial(BackendContext& context, const Piece& p) {
   const auto Run = [&](auto kernel, int heads) {
     const int groups = (p.group + heads - 1) / heads;
-    const dim3 grid(rows, p.cache.kv_heads * groups, MostSplits(p));
+    const dim3 grid(p.rows, p.cache.kv_heads * groups, MostSplits(p));
     kernel<<<grid, kWarps * kWarp, 0, context.stream>>>(p);
   };
   if (p.group == 1) {
@@ -242,22 +226,37 @@ void LaunchPartial(BackendContext& context, const Piece& p, int rows) {
   }
 }
 
-// Rows in splits, in as many pieces as the workspace asks for.
+// Rows one by one, in as many pieces as the workspace asks for.
 template <class T, int kPer>
-class Splits {
+class RowByRow {
  public:
-  Splits(BackendContext& context, const AttentionArgs& a, const Problem& problem)
+  RowByRow(BackendContext& context, const AttentionArgs& a, const Problem& problem)
       : context_(context), spans_(a.spans), piece_{problem} {
-    const bool observes = spans_.count > 0;
-    piece_.score_stride = observes ? MostKeys(problem) : 0;
-    const size_t partial = sizeof(float) * problem.heads * kMaxSplits * PartialStride(problem.dim);
-    const size_t scores = sizeof(float) * problem.heads * piece_.score_stride;
-    CHECK_LE(partial + scores, BackendContext::kWorkspaceBytes);
-    most_ = static_cast<int>(
-        std::min<size_t>(a.batch.rows, BackendContext::kWorkspaceBytes / (partial + scores)));
-    auto* memory = static_cast<std::byte*>(context.Workspace(most_ * (partial + scores)));
-    piece_.partial = reinterpret_cast<float*>(memory);
-    scores_ = reinterpret_cast<float*>(memory + most_ * partial);
+    piece_.parts = AttendsInClusters(context, problem) ? Parts::kWhole
+                   : AttendsInShares(problem)          ? Parts::kShares
+                                                       : Parts::kSplits;
+    // In floats; whole vectors of four.
+    const auto partial = static_cast<size_t>(PartialStride(problem.dim));
+    size_t partials_of_row = problem.heads * partial, others = 0;
+    most_ = a.batch.rows;
+    if (piece_.parts == Parts::kSplits) partials_of_row *= kMaxSplits;
+    if (piece_.parts == Parts::kShares) {
+      const size_t of_strand = HeadsOfStrand(problem) * partial;
+      piece_.most_shares = MostShares(context, problem);
+      partials_of_row = StrandsOfRow(problem) * of_strand;
+      others = piece_.most_shares * of_strand + kMostShareRows + 1;
+      most_ = std::min(most_, kMostShareRows);
+    }
+    if (spans_.count > 0) piece_.score_stride = (MostKeys(problem) + 3) / 4 * 4;
+    const size_t scores_of_row = problem.heads * piece_.score_stride;
+    const size_t of_row = partials_of_row + scores_of_row;
+    constexpr size_t kMost = BackendContext::kWorkspaceBytes / sizeof(float);
+    CHECK_LE(of_row + others, kMost);
+    most_ = static_cast<int>(std::min<size_t>(most_, (kMost - others) / of_row));
+    scores_ = static_cast<float*>(context.Workspace(sizeof(float) * (most_ * of_row + others)));
+    piece_.partial = scores_ + most_ * scores_of_row;
+    piece_.steps_before =
+        reinterpret_cast<int*>(scores_ + most_ * of_row + others) - (kMostShareRows + 1);
   }
 
   void Run(int begin, int end) {
@@ -286,23 +285,25 @@ class Splits {
   void RunPiece(int first_row, int rows) {
     Piece p = piece_;
     p.first_row = first_row;
+    p.rows = rows;
     p.first_observed = FirstObserved(first_row);
     const int observed = FirstObserved(first_row + rows) - p.first_observed;
     if (observed > 0) p.scores = scores_;
-    if (AttendsInClusters(context_, p)) {
-      p.observes_late = true;
-      AttendClusters(context_, p, rows);
-      if (observed > 0) ObserveSpans(context_, p, observed);
-      return;
+    switch (p.parts) {
+      case Parts::kWhole:
+        AttendClusters(context_, p);
+        break;
+      case Parts::kShares:
+        AttendShares(context_, p);
+        break;
+      case Parts::kSplits:
+        (observed > 0 ? LaunchPartial<T, kPer, true> : LaunchPartial<T, kPer, false>)(context_, p);
+        break;
     }
-    if (SplitsInVectors(p)) {
-      AttendSplits(context_, p, rows);
-    } else if (observed > 0) {
-      LaunchPartial<T, kPer, true>(context_, p, rows);
-    } else {
-      LaunchPartial<T, kPer, false>(context_, p, rows);
+    if (p.parts != Parts::kWhole) {
+      const int slices = rows * p.heads < context_.sm_count ? (p.dim + 63) / 64 : 1;
+      LaunchEarly(context_, Merge, dim3(rows, p.heads, slices), kMergeThreads, p);
     }
-    LaunchEarly(context_, Merge, dim3(rows, p.heads), kMergeThreads, p);
     if (observed > 0) ObserveSpans(context_, p, observed);
   }
 
@@ -315,7 +316,7 @@ class Splits {
 
 template <class T, int kPer>
 void Run(BackendContext& context, const AttentionArgs& a, const Problem& p) {
-  Splits<T, kPer> splits(context, a, p);
+  RowByRow<T, kPer> row_by_row(context, a, p);
   const int32_t* begin = a.batch.HostRowBegin();
   const bool tiles = AttendsInTiles(p);
   const auto Tiled = [&](int s) { return tiles && begin[s + 1] - begin[s] >= p.tile_rows; };
@@ -328,7 +329,7 @@ void Run(BackendContext& context, const AttentionArgs& a, const Problem& p) {
     }
     const int first = begin[s];
     while (s < a.batch.sequences && !Tiled(s)) ++s;
-    splits.Run(first, begin[s]);
+    row_by_row.Run(first, begin[s]);
   }
   if (!any_tiled) return;
   (AttendsInWgmma(context, p) ? AttendWgmma : AttendTiles)(context, p);
@@ -336,7 +337,7 @@ void Run(BackendContext& context, const AttentionArgs& a, const Problem& p) {
     const int first = begin[s];
     for (; s < a.batch.sequences && Tiled(s); ++s) {
     }
-    splits.Observe(first, begin[s]);
+    row_by_row.Observe(first, begin[s]);
     for (; s < a.batch.sequences && !Tiled(s); ++s) {
     }
   }

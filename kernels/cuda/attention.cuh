@@ -1,5 +1,5 @@
 #pragma once
-// What the forms of Attention share: split rows (attention.cu), for steps of few rows of a
+// What the forms of Attention share: rows one by one (attention.cu), for steps of few rows of a
 // sequence, and tiles (attention_tiles.cu, attention_wgmma.cu), for many.
 #include <algorithm>
 #include <cstddef>
@@ -63,28 +63,74 @@ __device__ __forceinline__ float Cap(float score, float softcap) {
 constexpr int kSplitKeys = 128;  // a row with fewer keys is not split
 constexpr int kMaxSplits = 64;
 constexpr int kSplitUnit = 16;  // splits begin at multiples of it from the first key on
+constexpr int kHeads = 8;       // query heads of a KV head that are attended together, at most
+
+// Whose keys a partial result is of.
+enum class Parts {
+  kSplits,  // a row's splits: so many keys each as follows from the row alone
+  kShares,  // what of it lies in one of the launch's shares (see Shares)
+  kWhole    // all the row's: there is one
+};
 
 // The rows that one launch takes, and where their partial results go. out may be nullptr.
 struct Piece : Problem {
-  int first_row;
-  float* partial;  // [rows of the launch, heads, kMaxSplits, PartialStride(dim)]
+  Parts parts;
+  int first_row, rows;
+  // Sums, then maximum and total: PartialStride(dim) floats each; whose, PartialsOf() tells.
+  float* partial;
   // Of all these rows where any is observed, else nullptr: [rows of the launch, heads,
   // score_stride], from the first key seen on.
   float* scores;
   int64_t score_stride;  // at least the keys that a row sees
   int first_observed;    // the first of SpanRequest::rows among them
-  // ObserveSpans has to wait for the kernel before it, which makes the scores.
-  bool observes_late;
+  // Of kShares: how many at most, and the steps of the rows before each, [rows + 1], which
+  // AttendShares writes.
+  int most_shares;
+  int* steps_before;
 };
 
-// Of a partial result: sums, then maximum and total, in whole vectors of four.
+// Of a partial result, in whole vectors of four.
 __host__ __device__ constexpr int PartialStride(int dim) { return (dim + 2 + 3) / 4 * 4; }
-__device__ __forceinline__ float* Partials(const Piece& p, int row, int head, int split) {
-  return p.partial + ((int64_t{row} * p.heads + head) * kMaxSplits + split) * PartialStride(p.dim);
-}
 __device__ __forceinline__ float* Scores(const Piece& p, int row, int head) {
   return p.scores + (int64_t{row} * p.heads + head) * p.score_stride;
 }
+
+// The query heads of a KV head are attended in groups of kHeads, and a row so in strands: one for
+// each group of each KV head.
+__host__ __device__ inline int HeadGroups(const Problem& p) {
+  return (p.group + kHeads - 1) / kHeads;
+}
+__host__ __device__ inline int StrandsOfRow(const Problem& p) {
+  return p.cache.kv_heads * HeadGroups(p);
+}
+__host__ __device__ inline int HeadsOfStrand(const Problem& p) {
+  return p.group < kHeads ? p.group : kHeads;
+}
+
+// The steps of all strands of a launch's rows, strand after strand, row after row, cut into even
+// shares whose borders lie where they fall. Of a strand and a share that meet the partial result
+// has the sum of their numbers as its own: on the way through the steps one or the other goes up.
+struct Shares {
+  int64_t steps;
+  int count;
+
+  __device__ Shares(const Piece& p, int steps_of_rows)
+      : steps(int64_t{steps_of_rows} * StrandsOfRow(p)) {
+    const int64_t fewest = min(steps / kLeastSteps, int64_t{p.most_shares / kFewestOf});
+    count = static_cast<int>(
+        max(int64_t{1}, max(fewest, min(steps / kManySteps, int64_t{p.most_shares}))));
+  }
+  __device__ int64_t Begin(int share) const { return steps * share / count; }
+  __device__ int Of(int64_t step) const {
+    return static_cast<int>(((step + 1) * count - 1) / steps);
+  }
+
+  // Up to half of the warps take part where each has kLeastSteps, all once each has kManySteps:
+  // what they ask for at once is in the way of what they begin with, and a share more is one to
+  // merge. On an H100, us: 1 x 32K, heads of 128, 8 steps at least for all 72.8, 32 67.9; 32 x 2K,
+  // heads of 256, 115.2 and 113.7; 1 x 2K with all from 8 on, none before, 23.5, so 20.2.
+  static constexpr int kLeastSteps = 2, kManySteps = 32, kFewestOf = 2;
+};
 
 // What one row sees.
 struct Row {
@@ -120,6 +166,29 @@ struct Row {
   }
 };
 
+// The partial results of a launch's row and head, `stride` floats from one to the next.
+struct PartialRange {
+  float* first;
+  int64_t stride;
+  int count;
+};
+__device__ __forceinline__ PartialRange PartialsOf(const Piece& p, int row, int head) {
+  const int64_t stride = PartialStride(p.dim), at = int64_t{row} * p.heads + head;
+  if (p.parts == Parts::kWhole) return {p.partial + at * stride, stride, 1};
+  if (p.parts == Parts::kSplits) {
+    return {p.partial + at * kMaxSplits * stride, stride, Row(p, p.first_row + row).splits};
+  }
+  const int before = p.steps_before[row], steps = p.steps_before[row + 1] - before;
+  const Shares shares(p, p.steps_before[p.rows]);
+  const int strands = StrandsOfRow(p), heads = HeadsOfStrand(p), of_group = head % p.group;
+  const int strand = head / p.group * HeadGroups(p) + of_group / kHeads;
+  const int64_t begin = int64_t{before} * strands + int64_t{steps} * strand;
+  const int first = shares.Of(begin), last = shares.Of(begin + steps - 1);
+  const int64_t number = int64_t{row} * strands + strand + first;
+  return {p.partial + (number * heads + of_group % kHeads) * stride, heads * stride,
+          last - first + 1};
+}
+
 // Of any row, whatever its length: what a cache layer can hold bounds it.
 inline int64_t MostKeys(const Problem& p) {
   const int64_t cached = int64_t{p.cache.slots} * p.cache.page_tokens;
@@ -130,13 +199,15 @@ inline int MostSplits(const Problem& p) {
       std::min<int64_t>((MostKeys(p) + kSplitKeys - 1) / kSplitKeys, kMaxSplits));
 }
 
-// Partial results of `rows` rows from bf16 keys and values in whole vectors.
-bool SplitsInVectors(const Problem& problem);
-void AttendSplits(BackendContext& context, const Piece& piece, int rows);
-// Rows that see at most so many keys as a cluster's blocks take: their results.
+// From bf16 keys and values in whole vectors: partial results of a piece's rows, in shares.
+bool AttendsInShares(const Problem& problem);
+int MostShares(const BackendContext& context, const Problem& problem);
+void AttendShares(BackendContext& context, const Piece& piece);
+constexpr int kMostShareRows = 1024;  // of a piece
+// Rows that see few keys: their results.
 bool AttendsInClusters(const BackendContext& context, const Problem& problem);
-void AttendClusters(BackendContext& context, const Piece& piece, int rows);
-// The records of `observed` rows. Launched after Merge, it may run beside it.
+void AttendClusters(BackendContext& context, const Piece& piece);
+// The records of `observed` rows. Launched after Merge, where there is one, it may run beside it.
 void ObserveSpans(BackendContext& context, const Piece& piece, int observed);
 
 // Calls visitor(size) with the least of 64, 128 and 256 that holds a head, as a constant.

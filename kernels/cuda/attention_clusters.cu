@@ -26,8 +26,8 @@ struct Totals {
 template <int kDim>
 struct Memory {
   union {
-    Bf16 stages[kWarps][2][kStep][kDim];  // a warp's keys and its values
-    float sums[kWarps][kHeads][kDim];
+    Bf16 stages[kWarps][2][kStep][kDim];   // a warp's keys and its values
+    float sums[kWarps][kHeads][kDim + 4];  // so that a warp's heads lie in banks of their own
   };
   float merged[kHeads][kDim];  // of the block
   Totals of_warps[kWarps], of_block;
@@ -37,15 +37,15 @@ __device__ __forceinline__ float Factor(float highest, float top) {
   return highest == -INFINITY ? 0.0f : __expf(highest - top);
 }
 
-// Copies a warp's steps of a block's item. Lane l knows where row l % kStep of each lies: half of
-// the lanes of the keys, half of the values.
+// Copies a warp's steps of a block's item. Lane l knows where row l % kStep of each lies, of them
+// all from the start: half of the lanes of the keys, half of the values.
 template <int kDim>
-struct StepCopier {
+struct ItemCopier {
   const Piece& p;
   const Item& item;
   uintptr_t from[kStepsOfWarp];
 
-  __device__ __forceinline__ StepCopier(const Piece& piece, const Item& of, const Row& row,
+  __device__ __forceinline__ ItemCopier(const Piece& piece, const Item& of, const Row& row,
                                         int kv_head)
       : p(piece), item(of) {
     const int lane = threadIdx.x % kWarp;
@@ -78,26 +78,26 @@ struct StepCopier {
   }
 };
 
-// grid: splits, which are a cluster; KV heads times groups of kHeads query heads; rows.
+// grid: splits, which are a cluster; strands of a row; rows.
 template <int kDim, bool kObserve>
 __global__ void __launch_bounds__(kWarps* kWarp) AttendCluster(const __grid_constant__ Piece p) {
   extern __shared__ __align__(128) unsigned char memory[];
   auto& shared = *reinterpret_cast<Memory<kDim>*>(memory);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   LetNextBegin();
-  const int groups = HeadGroups(p);
-  const int kv_head = blockIdx.y / groups, split = RankInCluster();
-  const int first_head = kv_head * p.group + blockIdx.y % groups * kHeads;
+  const int groups = HeadGroups(p), strand = blockIdx.y;
+  const int kv_head = strand / groups, split = RankInCluster();
+  const int first_head = kv_head * p.group + strand % groups * kHeads;
   const Row row(p, p.first_row + blockIdx.z);
   Item item = {static_cast<int>(blockIdx.z),
+               strand,
                row.first,
-               split,
                first_head,
                min(kHeads, (kv_head + 1) * p.group - first_head),
                row.first + split * row.chunk,
                0};
   item.end = max(item.begin, min(item.begin + row.chunk, row.position + 1));
-  const StepCopier<kDim> copier(p, item, row, kv_head);
+  const ItemCopier<kDim> copier(p, item, row, kv_head);
   const uint32_t keys = Shared(shared.stages[warp][0]), values = Shared(shared.stages[warp][1]);
   // Cached keys are older than the kernels that are under way.
   const bool cached = item.end <= row.start;
@@ -139,15 +139,12 @@ __global__ void __launch_bounds__(kWarps* kWarp) AttendCluster(const __grid_cons
     total += shared.of_warps[w].total[lane / 4] * Factor(shared.of_warps[w].highest[lane / 4], top);
   }
   attention.Rescale(Factor(attention.highest, top));
-  attention.VisitSums([&](int head, int d, float sum) { shared.sums[warp][head][d] = sum; });
+  attention.VisitSums([&](int head, int d, float sum) {
+    if (head < item.heads) shared.sums[warp][head][d] = sum;
+  });
   if (warp == 0 && lane % 4 == 0) {
     shared.of_block.highest[lane / 4] = top;
     shared.of_block.total[lane / 4] = total;
-    if (kObserve && lane / 4 < item.heads && split < row.splits) {
-      float* to = Partials(p, item.row, item.first_head + lane / 4, split);
-      to[p.dim] = top;
-      to[p.dim + 1] = total;
-    }
   }
   __syncthreads();
   for (int i = threadIdx.x; i < item.heads * kDim; i += kWarps * kWarp) {
@@ -173,24 +170,29 @@ __global__ void __launch_bounds__(kWarps* kWarp) AttendCluster(const __grid_cons
       sums[b] = is ? LoadOfBlock(&shared.merged[head][d], b) : 0;
       most = fmaxf(most, highest[b]);
     }
-    float all = Factor(sink, most), sum = 0;
+    float all = 0, sum = 0;
 #pragma unroll
     for (int b = 0; b < kMostBlocks; ++b) {
       const float factor = Factor(highest[b], most);
       all += factor * totals[b];
       sum += factor * sums[b];
     }
+    if (kObserve && d == 0) {
+      float* to = PartialsOf(p, item.row, item.first_head + head).first + p.dim;
+      to[0] = most;
+      to[1] = all;
+    }
     if (d < p.dim && p.out != nullptr) {
       const int64_t at =
           (p.first_row + item.row) * p.out_row + (item.first_head + head) * p.out_head + d;
-      StoreOut<1>(p, at, {sum / all});
+      StoreOut<1>(p, at, {sum / (all + Factor(sink, most))});
     }
   }
   SyncCluster();  // the others have read
 }
 
 template <int kDim>
-void Launch(BackendContext& context, const Piece& p, int rows) {
+void Launch(BackendContext& context, const Piece& p) {
   const auto kernel = p.scores != nullptr ? AttendCluster<kDim, true> : AttendCluster<kDim, false>;
   constexpr int kBytes = static_cast<int>(sizeof(Memory<kDim>));
   Ok(context, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
@@ -198,18 +200,18 @@ void Launch(BackendContext& context, const Piece& p, int rows) {
   int blocks = 1;
   while (blocks < MostSplits(p)) blocks *= 2;
   LaunchEarlyWith(context, {.shared_bytes = kBytes, .cluster = blocks}, kernel,
-                  dim3(blocks, p.cache.kv_heads * HeadGroups(p), rows), kWarps * kWarp, p);
+                  dim3(blocks, StrandsOfRow(p), p.rows), kWarps * kWarp, p);
 }
 
 }  // namespace
 
 bool AttendsInClusters(const BackendContext& context, const Problem& p) {
-  return context.compute_capability >= 90 && SplitsInVectors(p) && MostSplits(p) <= kMostBlocks;
+  return context.compute_capability >= 90 && AttendsInShares(p) && MostSplits(p) <= kMostBlocks;
 }
 
-void AttendClusters(BackendContext& context, const Piece& p, int rows) {
+void AttendClusters(BackendContext& context, const Piece& p) {
   CheckQueries(p);
-  VisitHeadSize(p, [&](auto size) { Launch<size>(context, p, rows); });
+  VisitHeadSize(p, [&](auto size) { Launch<size>(context, p); });
 }
 
 }  // namespace longspan::cuda

@@ -1,4 +1,4 @@
-// What observed rows attend to, from their scores, which the rows' splits left behind: keys are not
+// What observed rows attend to, from the scores that attending them left behind: keys are not
 // read again. Bytes: 4 per head and visible key.
 #include "kernels/cuda/attention.cuh"
 #include "kernels/cuda/launch.cuh"
@@ -48,35 +48,32 @@ __device__ __forceinline__ int Bucket(int distance) {
   return min(32 - __clz(distance), kDistanceBuckets - 1);
 }
 
-// log2 of the softmax's total, from the row's splits.
-__device__ float LogTotal(const Piece& p, int local, int head, int splits) {
-  constexpr int kPer = kMaxSplits / kWarp;
-  float tops[kPer], totals[kPer];
-  float top = p.sinks != nullptr ? p.sinks[head] : -INFINITY;
-#pragma unroll
-  for (int i = 0; i < kPer; ++i) {
-    const int split = threadIdx.x % kWarp + i * kWarp;
-    const float* of_split = Partials(p, local, head, split) + p.dim;
-    tops[i] = split < splits ? of_split[0] : -INFINITY;
-    totals[i] = split < splits ? of_split[1] : 0;
+// log2 of the softmax's total, from partial results.
+__device__ float LogTotal(const Piece& p, int local, int head) {
+  const PartialRange parts = PartialsOf(p, local, head);
+  const float sink = p.sinks != nullptr ? p.sinks[head] : -INFINITY;
+  const int lane = threadIdx.x % kWarp;
+  float top = sink, total = 0;
+  for (int i = lane; i < parts.count; i += kWarp) {
+    top = fmaxf(top, parts.first[i * parts.stride + p.dim]);
   }
-#pragma unroll
-  for (int i = 0; i < kPer; ++i) top = fmaxf(top, tops[i]);
   top = WarpMax(top);
-  float total = 0;
-#pragma unroll
-  for (int i = 0; i < kPer; ++i) total += totals[i] * exp2f(kLog2E * (tops[i] - top));
+  for (int i = lane; i < parts.count; i += kWarp) {
+    const float* part = parts.first + i * parts.stride + p.dim;
+    total += part[1] * exp2f(kLog2E * (part[0] - top));
+  }
   total = WarpSum(total);
-  if (p.sinks != nullptr) total += exp2f(kLog2E * (p.sinks[head] - top));
+  if (p.sinks != nullptr) total += exp2f(kLog2E * (sink - top));
   return kLog2E * top + log2f(total);
 }
 
-// grid: observed rows, heads. It may run beside Merge: it begins when the splits are done and ends
-// when all is. Warps take kWarpKeys distances at a time, in turn: beyond the first kWarp each kWarp
-// of these lie in one bucket, and a warp's come in ascending order.
+// grid: observed rows, heads. It may run beside Merge: it begins when partial results are there and
+// ends when all is. Warps take kWarpKeys distances at a time, in turn: beyond the first kWarp each
+// kWarp of these lie in one bucket, and a warp's come in ascending order.
 __global__ void __launch_bounds__(kMostWarps* kWarp) Observe(const Piece p) {
   LetNextBegin();
-  if (p.observes_late) AwaitEarlier();
+  const bool beside_merge = p.parts != Parts::kWhole;
+  if (!beside_merge) AwaitEarlier();
   const SpanRequest& request = p.spans;
   const int observed = p.first_observed + blockIdx.x, head = blockIdx.y;
   const int local = request.rows[observed] - p.first_row;
@@ -102,7 +99,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp) Observe(const Piece p) {
     }
   };
   Fetch(warp * kWarpKeys);
-  const float log_total = LogTotal(p, local, head, row.splits);
+  const float log_total = LogTotal(p, local, head);
   Sums sums;
   float in_bucket = 0;
   int bucket = 0;
@@ -172,10 +169,10 @@ __global__ void __launch_bounds__(kMostWarps* kWarp) Observe(const Piece p) {
       record.top_probability = exp2f(fmaf(kLog2E, s.top_score, -log_total));
       record.top_key = row.position - s.top_back;
       record.probe_mass = s.probe;
-      record.beyond_window = 0;  // the splits have no keys there
+      record.beyond_window = 0;  // no keys there were attended
     }
   }
-  if (!p.observes_late) AwaitEarlier();
+  if (beside_merge) AwaitEarlier();
 }
 
 }  // namespace

@@ -9,26 +9,22 @@
 
 namespace longspan::cuda {
 
-constexpr int kHeads = 8;
-constexpr int kStep = 16;   // keys, or values, of a stage: [kStep, kDim]
-constexpr int kVector = 8;  // elements of 16 bytes
+constexpr int kStep = kSplitUnit;  // keys, or values, of a stage: [kStep, kDim]
+constexpr int kVector = 8;         // elements of 16 bytes
 
-// Of kHeads query heads of a KV head.
-__host__ __device__ inline int HeadGroups(const Problem& p) {
-  return (p.group + kHeads - 1) / kHeads;
-}
 inline void CheckQueries(const Problem& p) {
   CHECK(reinterpret_cast<uintptr_t>(p.query) % 8 == 0 && p.query_row % 2 == 0 &&
         p.query_head % 2 == 0)
       << "queries are read in pairs";
 }
 
-// A split of a row, for some query heads of a KV head.
+// Keys of a strand.
 struct Item {
-  int row;    // of the launch
-  int first;  // key that the row sees
-  int split, first_head, heads;
-  int begin, end;  // of its keys; equal: there is no item
+  int row;     // of the launch
+  int strand;  // of the row
+  int first;   // key that the row sees
+  int first_head, heads;
+  int begin, end;  // of the keys; equal: there is no item
 };
 
 // Where vector v of row r of a stage lies, in bytes: so that neither copies nor ldmatrix meet a
@@ -37,6 +33,88 @@ template <int kDim>
 __device__ __forceinline__ uint32_t PlaceInStage(int row, int vector) {
   return (row * kDim + (vector ^ row % 8) * kVector) * sizeof(Bf16);
 }
+
+// Copies keys and values of a strand to shared memory, kStep at a time, as a warp. Lane l knows
+// where row l % kStep of the next step lies: half of the lanes of the keys, half of the values.
+template <int kDim>
+class StepCopier {
+ public:
+  __device__ explicit StepCopier(const Piece& p) : p_(p) {}
+
+  // The next step begins at key j; no key from `end` on is read.
+  __device__ __forceinline__ void Seek(const Row& row, int kv_head, int j, int end) {
+    sequence_ = row.sequence;
+    start_ = row.start;
+    flight_ = row.flight;
+    kv_head_ = kv_head;
+    j_ = j;
+    end_ = end;
+    in_page_ = j + static_cast<int>(threadIdx.x % kStep);
+    slot_ = 0;
+    Locate();
+  }
+  // By `keys`, all but those of the step that lies before them.
+  __device__ __forceinline__ void Advance(int keys) {
+    j_ += keys;
+    in_page_ += keys;
+    Locate();
+  }
+  __device__ __forceinline__ int at() const { return j_; }
+  __device__ __forceinline__ bool AtEnd() const { return j_ >= end_; }
+  // The next `steps` are whole and in the cache: older than the kernels that are under way.
+  __device__ __forceinline__ bool Cached(int steps) const {
+    return j_ + steps * kStep <= min(end_, start_);
+  }
+
+  // The next step's keys, or values, come to `to`; behind the end, nothing. Vector v of row r lies
+  // where v ^ r % 8 would, so that neither copies nor ldmatrix meet a bank twice.
+  template <bool kValues>
+  __device__ __forceinline__ void Copy(uint32_t to) const {
+    if (j_ < end_) {
+      constexpr int kVectors = kDim / kVector, kRows = kWarp / kVectors;  // of one instruction
+      const int lane = threadIdx.x % kWarp, row = lane / kVectors, vector = lane % kVectors;
+      const auto from = reinterpret_cast<uintptr_t>(base_ + kPageUnitBytes * unit_);
+      const int last = min(kStep, end_ - j_) - 1;  // of rows; it stands for those behind it
+      to += row * kDim * sizeof(Bf16) + (vector ^ row) * sizeof(uint4);
+#pragma unroll
+      for (int i = 0; i < kStep; i += kRows) {
+        const uintptr_t at = __shfl_sync(~0u, from, kValues * kStep + min(i + row, last));
+        CopyAsync((to ^ (i % 8 * sizeof(uint4))) + i * kDim * sizeof(Bf16),
+                  reinterpret_cast<const uint4*>(at) + vector, vector * kVector < p_.dim);
+      }
+    }
+    Commit();
+  }
+
+ private:
+  // The table's entry is asked for a step before it is used.
+  __device__ __forceinline__ void Locate() {
+    if (in_page_ >= p_.cache.page_tokens) {
+      const int pages = in_page_ / p_.cache.page_tokens;
+      in_page_ -= pages * p_.cache.page_tokens;
+      slot_ = (slot_ + pages) % p_.cache.slots;
+    }
+    const int j = j_ + static_cast<int>(threadIdx.x % kStep);
+    const bool values = threadIdx.x % kWarp >= kStep;
+    unit_ = 0;
+    if (j >= start_) {
+      const int64_t r = flight_ + j - start_;
+      base_ = static_cast<const std::byte*>(values ? p_.value : p_.key) +
+              sizeof(Bf16) * (values ? r * p_.value_row + kv_head_ * p_.value_head
+                                     : r * p_.key_row + kv_head_ * p_.key_head);
+      return;
+    }
+    base_ = p_.cache.arena + (values ? p_.cache.value_offset : p_.cache.key_offset) +
+            sizeof(Bf16) * (int64_t{kv_head_} * p_.cache.page_tokens + in_page_) * p_.dim;
+    if (j < end_) unit_ = p_.cache.table[sequence_ * p_.cache.table_stride + slot_];
+  }
+
+  const Piece& p_;
+  int sequence_, start_ = 0, flight_, kv_head_;
+  int j_ = 0, end_ = 0, slot_, in_page_;
+  const std::byte* base_;
+  int32_t unit_;
+};
 
 // Of a product's sum a lane has a row (and that 8 below) and two columns, as tensor_cores.cuh says.
 struct StepScores {

@@ -85,19 +85,51 @@ TEST_F(CudaAttention, PagesOfAnySizeEqualEager) {
   }
 }
 
-// More rows than a warp counts the splits of at once, more splits than a multiprocessor has warps.
+// Rows of any length side by side, so that shares of all their keys begin and end anywhere.
 TEST_F(CudaAttention, ManySequencesThatDecodeEqualEager) {
   constexpr int kEvery = 97;
   std::vector<int> lengths, most;
   for (int i = 0; i < 150; ++i) {
     lengths.push_back(1 + i % 7 * kEvery);
+    if (i % 50 == 3) lengths.back() = 1 + 18 * kEvery;
     most.push_back(lengths.back() - 1);
   }
-  for (int dim : {64, 256}) {
-    AttentionCase c({.heads = 4, .kv_heads = 2, .dim = dim}, lengths);
+  for (const auto& [heads, dim] : {std::pair{4, 64}, {20, 128}, {4, 256}}) {
+    AttentionCase c({.heads = heads, .kv_heads = 2, .dim = dim}, lengths);
     c.Step(*backend_, most, false);
     c.Step(*backend_, std::vector<int>(lengths.size(), 1), false);
     testing::ExpectEqualsEager(c, kTolerance, kEvery);
+  }
+}
+
+// More rows than are attended at once.
+TEST_F(CudaAttention, ThousandsOfRowsOfAStepEqualEager) {
+  std::vector<int> lengths(1100, 2), most(1100, 0);
+  for (int i : {0, 500, 1023, 1024, 1099}) lengths[i] = 1 + 1200;
+  for (size_t i = 0; i < lengths.size(); ++i) most[i] = lengths[i] - 1;
+  AttentionCase c({.heads = 2, .kv_heads = 1, .dim = 8}, lengths);
+  c.Step(*backend_, most, false);
+  c.Step(*backend_, std::vector<int>(lengths.size(), 1), false);
+  testing::ExpectLastRowsEqualEager(c, kTolerance);
+}
+
+// From strands of keys so few that each is cut for several blocks to more than have room at once.
+TEST_F(CudaAttention, WindowsOfFewAndOfManySequencesEqualEager) {
+  struct Shape {
+    int sequences, window, dim;
+  };
+  for (const Shape& shape :
+       {Shape{4, 1024, 256}, {36, 1024, 256}, {70, 1000, 128}, {140, 1024, 64}, {300, 128, 64}}) {
+    SCOPED_TRACE(::testing::Message() << shape.sequences << " of " << shape.window);
+    std::vector<int> lengths, most;
+    for (int i = 0; i < shape.sequences; ++i) {
+      lengths.push_back(i % 4 == 3 ? 2 : shape.window + 1 + 30 * (i % 3));
+      most.push_back(lengths.back() - 1);
+    }
+    AttentionCase c({.heads = 2, .kv_heads = 1, .dim = shape.dim, .window = shape.window}, lengths);
+    c.Step(*backend_, most, false);
+    c.Step(*backend_, std::vector<int>(lengths.size(), 1), false);
+    testing::ExpectLastRowsEqualEager(c, kTolerance);
   }
 }
 
@@ -112,7 +144,7 @@ TEST_F(CudaAttention, SplitRowsEqualEager) {
 }
 
 // Chunks of 16 rows and more are attended in tiles, smaller ones row by row.
-TEST_F(CudaAttention, ChunkingChangesNoBitAmongTilesNorAmongRows) {
+TEST_F(CudaAttention, ChunkingChangesNoBitAmongTilesAndRoundingAmongRows) {
   for (int window : {0, 40}) {
     AttentionCase c({.window = window}, {700, 150});
     const auto RunWith = [&](int chunk) {
@@ -120,9 +152,9 @@ TEST_F(CudaAttention, ChunkingChangesNoBitAmongTilesNorAmongRows) {
       testing::ExpectEqualsEager(c, kTolerance, 13);
       return c.out();
     };
-    const auto tiles = RunWith(1000), rows = RunWith(1);
+    const auto tiles = RunWith(1000);
     for (int chunk : {64, 512}) EXPECT_EQ(RunWith(chunk), tiles) << window << " " << chunk;
-    for (int chunk : {7, 15}) EXPECT_EQ(RunWith(chunk), rows) << window << " " << chunk;
+    for (int chunk : {1, 7, 15}) RunWith(chunk);
   }
 }
 
@@ -257,10 +289,12 @@ TEST_F(CudaAttention, SpansEqualEager) {
 
 TEST_F(CudaAttention, SpansOfLongRowsEqualEager) {
   const std::vector<ProbeRange> probes = {{2000, 2100}};
-  AttentionCase c({.heads = 2, .kv_heads = 1, .dim = 256}, {5001});
-  c.Step(*backend_, {5000}, /*observe=*/true, probes);
-  c.Step(*backend_, {1}, /*observe=*/true, probes);
-  testing::ExpectSpansEqualEager(c, probes, kSpanTolerance, 1000);
+  for (const int window : {0, 1024}) {
+    AttentionCase c({.heads = 2, .kv_heads = 1, .dim = 256, .window = window}, {5001});
+    c.Step(*backend_, {5000}, /*observe=*/true, probes);
+    c.Step(*backend_, {1}, /*observe=*/true, probes);
+    testing::ExpectSpansEqualEager(c, probes, kSpanTolerance, 1000);
+  }
 }
 
 TEST_F(CudaAttention, ObservingChangesNoBit) {

@@ -6,20 +6,28 @@
 
 namespace longspan::testing {
 
+inline void ExpectRowEqualsEager(const AttentionCase& c, double tolerance, size_t s, int t) {
+  const AttentionShape& shape = c.shape();
+  for (int h = 0; h < shape.heads; ++h) {
+    const auto answer = c.Eager(static_cast<int>(s), t, h);
+    for (int d = 0; d < shape.dim; ++d) {
+      ASSERT_NEAR(c.out()[s][(static_cast<size_t>(t) * shape.heads + h) * shape.dim + d],
+                  answer.out[d], tolerance)
+          << "sequence " << s << " position " << t << " head " << h << " channel " << d;
+    }
+  }
+}
 // Every `every`th row of each sequence.
 inline void ExpectEqualsEager(const AttentionCase& c, double tolerance, int every = 1) {
-  const AttentionShape& shape = c.shape();
   for (size_t s = 0; s < c.lengths().size(); ++s) {
     for (int t = 0; t < c.lengths()[s]; t += every) {
-      for (int h = 0; h < shape.heads; ++h) {
-        const auto answer = c.Eager(static_cast<int>(s), t, h);
-        for (int d = 0; d < shape.dim; ++d) {
-          ASSERT_NEAR(c.out()[s][(static_cast<size_t>(t) * shape.heads + h) * shape.dim + d],
-                      answer.out[d], tolerance)
-              << "sequence " << s << " position " << t << " head " << h << " channel " << d;
-        }
-      }
+      ASSERT_NO_FATAL_FAILURE(ExpectRowEqualsEager(c, tolerance, s, t));
     }
+  }
+}
+inline void ExpectLastRowsEqualEager(const AttentionCase& c, double tolerance) {
+  for (size_t s = 0; s < c.lengths().size(); ++s) {
+    ASSERT_NO_FATAL_FAILURE(ExpectRowEqualsEager(c, tolerance, s, c.lengths()[s] - 1));
   }
 }
 
