@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) Partial(const Piece p) {
 // grid: rows, heads, parts of a head's channels. Threads take four channels each and, side by side,
 // every so many partial results.
 __global__ void __launch_bounds__(kMergeThreads) Merge(const Piece p) {
-  const int row_index = p.first_row + blockIdx.x, head = blockIdx.y, lane = threadIdx.x % kWarp;
+  const int row_index = p.first_row + blockIdx.x, head = blockIdx.y;
   const int fours = (p.dim + 4 * gridDim.z - 1) / (4 * gridDim.z), sides = kMergeThreads / fours;
   const int side = threadIdx.x / fours, d = (blockIdx.z * fours + threadIdx.x % fours) * 4;
   if (p.scores == nullptr) LetNextBegin();
@@ -158,7 +158,6 @@ __global__ void __launch_bounds__(kMergeThreads) Merge(const Piece p) {
   if (p.out == nullptr) return;
 
   const PartialRange parts = PartialsOf(p, blockIdx.x, head);
-  const auto Top = [&](int i) { return parts.first[i * parts.stride + p.dim]; };
   constexpr int kAhead = 8;  // loads of a thread that do not wait for the highest
   float4 ahead[kAhead];
   float tops[kAhead];
@@ -170,21 +169,12 @@ __global__ void __launch_bounds__(kMergeThreads) Merge(const Piece p) {
       const bool is = i < parts.count;
       ahead[k] =
           is ? *reinterpret_cast<const float4*>(parts.first + i * parts.stride + d) : float4{};
-      tops[k] = is ? Top(i) : -INFINITY;
+      tops[k] = is ? parts.first[i * parts.stride + p.dim] : -INFINITY;
     }
   };
   Fetch(first);
 
-  // Every warp knows the highest of all and their total.
-  float top = p.sinks != nullptr ? p.sinks[head] : -INFINITY, total = 0;
-  for (int i = lane; i < parts.count; i += kWarp) top = fmaxf(top, Top(i));
-#pragma unroll
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, mask));
-  for (int i = lane; i < parts.count; i += kWarp) {
-    total += parts.first[i * parts.stride + p.dim + 1] * expf(Top(i) - top);
-  }
-  total = WarpSum(total) + (p.sinks != nullptr ? expf(p.sinks[head] - top) : 0.0f);
-
+  const Softmax softmax = SoftmaxOf(p, parts, head);
   float4 sum = {};
   const auto Add = [&](float factor, const float4& v) {
     sum.x = fmaf(factor, v.x, sum.x);
@@ -194,7 +184,7 @@ __global__ void __launch_bounds__(kMergeThreads) Merge(const Piece p) {
   };
   for (int i = first; i < parts.count; i += kAhead * sides) {
 #pragma unroll
-    for (int k = 0; k < kAhead; ++k) Add(expf(tops[k] - top), ahead[k]);
+    for (int k = 0; k < kAhead; ++k) Add(expf(tops[k] - softmax.highest), ahead[k]);
     Fetch(i + kAhead * sides);
   }
   __shared__ float4 sums[kMergeThreads];
@@ -206,7 +196,7 @@ __global__ void __launch_bounds__(kMergeThreads) Merge(const Piece p) {
   const int64_t at = row_index * p.out_row + head * p.out_head + d;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    if (d + i < p.dim) StoreOut<1>(p, at + i, {values[i] / total});
+    if (d + i < p.dim) StoreOut<1>(p, at + i, {values[i] / softmax.total});
   }
 }
 

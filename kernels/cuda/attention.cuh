@@ -189,6 +189,30 @@ __device__ __forceinline__ PartialRange PartialsOf(const Piece& p, int row, int 
           last - first + 1};
 }
 
+// The highest score that a row's head sees, and the total of exp(score - highest): of all partial
+// results and the sink. By a warp, for each lane.
+struct Softmax {
+  float highest, total;
+};
+__device__ __forceinline__ Softmax SoftmaxOf(const Piece& p, const PartialRange& parts, int head) {
+  const float sink = p.sinks != nullptr ? p.sinks[head] : -INFINITY;
+  Softmax of_lane = {-INFINITY, 0};
+  for (int i = threadIdx.x % kWarp; i < parts.count; i += kWarp) {
+    const float* part = parts.first + i * parts.stride + p.dim;
+    const float highest = fmaxf(of_lane.highest, part[0]);
+    of_lane.total =
+        of_lane.total * expf(of_lane.highest - highest) + part[1] * expf(part[0] - highest);
+    of_lane.highest = highest;
+  }
+  float highest = fmaxf(sink, of_lane.highest);
+#pragma unroll
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) {
+    highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, mask));
+  }
+  return {highest, WarpSum(of_lane.total * expf(of_lane.highest - highest)) +
+                       (p.sinks != nullptr ? expf(sink - highest) : 0.0f)};
+}
+
 // Of any row, whatever its length: what a cache layer can hold bounds it.
 inline int64_t MostKeys(const Problem& p) {
   const int64_t cached = int64_t{p.cache.slots} * p.cache.page_tokens;

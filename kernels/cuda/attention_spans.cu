@@ -13,13 +13,6 @@ constexpr int kNearBuckets = 6;     // that hold the first kWarp distances
 constexpr float kNoScore = -1e30f;  // of no probability; finite, so that no product of it is a NaN
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-__device__ __forceinline__ float WarpMax(float value) {
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, offset));
-  }
-  return value;
-}
-
 // Sums over keys of one head of one observed row, each key's probability known.
 struct Sums {
   float far = 0, sink = 0, distance = 0, entropy = 0, probe = 0;
@@ -46,25 +39,6 @@ struct Sums {
 
 __device__ __forceinline__ int Bucket(int distance) {
   return min(32 - __clz(distance), kDistanceBuckets - 1);
-}
-
-// log2 of the softmax's total, from partial results.
-__device__ float LogTotal(const Piece& p, int local, int head) {
-  const PartialRange parts = PartialsOf(p, local, head);
-  const float sink = p.sinks != nullptr ? p.sinks[head] : -INFINITY;
-  const int lane = threadIdx.x % kWarp;
-  float top = sink, total = 0;
-  for (int i = lane; i < parts.count; i += kWarp) {
-    top = fmaxf(top, parts.first[i * parts.stride + p.dim]);
-  }
-  top = WarpMax(top);
-  for (int i = lane; i < parts.count; i += kWarp) {
-    const float* part = parts.first + i * parts.stride + p.dim;
-    total += part[1] * exp2f(kLog2E * (part[0] - top));
-  }
-  total = WarpSum(total);
-  if (p.sinks != nullptr) total += exp2f(kLog2E * (sink - top));
-  return kLog2E * top + log2f(total);
 }
 
 // grid: observed rows, heads. It may run beside Merge: it begins when partial results are there and
@@ -99,7 +73,8 @@ __global__ void __launch_bounds__(kMostWarps* kWarp) Observe(const Piece p) {
     }
   };
   Fetch(warp * kWarpKeys);
-  const float log_total = LogTotal(p, local, head);
+  const Softmax softmax = SoftmaxOf(p, PartialsOf(p, local, head), head);
+  const float log_total = kLog2E * softmax.highest + log2f(softmax.total);
   Sums sums;
   float in_bucket = 0;
   int bucket = 0;
