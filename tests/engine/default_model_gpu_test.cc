@@ -222,11 +222,11 @@ void ExpectSpansNear(const SpanSums& got, const SpanSums& want, double positions
   }
 }
 
-// Of the same queries and keys spans are within 1e-3 (attention_gpu_test.cc). Here either side makes
-// its own: a number of a key that lies between two of bf16 rounds to either, 2^-8 of it, which moves
-// a score by 0.005 where its product with the query's is 10 (divided by 8, of heads of 64), and a
-// probability p by p (1 - p) of that, up to 1.2e-3. A prompt read on the tensor cores has other
-// queries and keys, which done by the CPU moved spans by up to 2.7e-3.
+// Of the same queries and keys spans are within 1e-3 (attention_gpu_test.cc). Here either side
+// makes its own: a number of a key that lies between two of bf16 rounds to either, 2^-8 of it,
+// which moves a score by 0.005 where its product with the query's is 10 (divided by 8, of heads of
+// 64), and a probability p by p (1 - p) of that, up to 1.2e-3. A prompt read on the tensor cores
+// has other queries and keys, which done by the CPU moved spans by up to 2.7e-3.
 TEST_F(DefaultModelOnGpu, SpansAreTheCpus) {
   for (int count : {40, 300, 1000}) {
     Request request = Ask(5000, count, 1);
