@@ -106,6 +106,14 @@ __host__ __device__ inline int StrandsOfRow(const Problem& p) {
 __host__ __device__ inline int HeadsOfStrand(const Problem& p) {
   return p.group < kHeads ? p.group : kHeads;
 }
+struct Strand {
+  int kv_head, first_head, heads;
+
+  __device__ __forceinline__ Strand(const Problem& p, int strand)
+      : kv_head(strand / HeadGroups(p)),
+        first_head(kv_head * p.group + strand % HeadGroups(p) * kHeads),
+        heads(min(kHeads, (kv_head + 1) * p.group - first_head)) {}
+};
 
 // The steps of all strands of a launch's rows, strand after strand, row after row, cut into even
 // shares whose borders lie where they fall. Of a strand and a share that meet the partial result

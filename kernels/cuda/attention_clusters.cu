@@ -85,19 +85,18 @@ __global__ void __launch_bounds__(kWarps* kWarp) AttendCluster(const __grid_cons
   auto& shared = *reinterpret_cast<Memory<kDim>*>(memory);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   LetNextBegin();
-  const int groups = HeadGroups(p), strand = blockIdx.y;
-  const int kv_head = strand / groups, split = RankInCluster();
-  const int first_head = kv_head * p.group + strand % groups * kHeads;
+  const int split = RankInCluster();
+  const Strand strand(p, blockIdx.y);
   const Row row(p, p.first_row + blockIdx.z);
   Item item = {static_cast<int>(blockIdx.z),
-               strand,
+               static_cast<int>(blockIdx.y),
                row.first,
-               first_head,
-               min(kHeads, (kv_head + 1) * p.group - first_head),
+               strand.first_head,
+               strand.heads,
                row.first + split * row.chunk,
                0};
   item.end = max(item.begin, min(item.begin + row.chunk, row.position + 1));
-  const ItemCopier<kDim> copier(p, item, row, kv_head);
+  const ItemCopier<kDim> copier(p, item, row, strand.kv_head);
   const uint32_t keys = Shared(shared.stages[warp][0]), values = Shared(shared.stages[warp][1]);
   // Cached keys are older than the kernels that are under way.
   const bool cached = item.end <= row.start;

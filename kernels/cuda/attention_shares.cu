@@ -65,7 +65,7 @@ class Reader {
   __device__ __forceinline__ void Fetch(uint32_t to) {
     copier_.template Copy<kValues>(to);
     if (!kValues || copier_.AtEnd()) return;
-    copier_.Advance(kStep);
+    copier_.Advance();
     if (copier_.AtEnd()) Open();
   }
 
@@ -81,17 +81,16 @@ class Reader {
     const int of_strand = steps_before_[next_.row + 1] - steps_before_[next_.row];
     const int steps = min(left_, of_strand - next_.step);
     const Row row(p_, p_.first_row + next_.row);
-    const int groups = HeadGroups(p_), kv_head = next_.strand / groups;
-    const int first_head = kv_head * p_.group + next_.strand % groups * kHeads;
+    const Strand strand(p_, next_.strand);
     const int begin = row.first + next_.step * kStep;
     item = {next_.row,
             next_.strand,
             row.first,
-            first_head,
-            min(kHeads, (kv_head + 1) * p_.group - first_head),
+            strand.first_head,
+            strand.heads,
             begin,
             min(begin + steps * kStep, row.position + 1)};
-    copier_.Seek(row, kv_head, begin, item.end);
+    copier_.Seek(row, strand.kv_head, begin, item.end);
     left_ -= steps;
     next_.step = 0;
     if (++next_.strand == StrandsOfRow(p_)) next_.strand = 0, ++next_.row;

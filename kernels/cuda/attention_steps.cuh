@@ -53,21 +53,19 @@ class StepCopier {
     slot_ = 0;
     Locate();
   }
-  // By `keys`, all but those of the step that lies before them.
-  __device__ __forceinline__ void Advance(int keys) {
-    j_ += keys;
-    in_page_ += keys;
+  __device__ __forceinline__ void Advance() {
+    j_ += kStep;
+    in_page_ += kStep;
     Locate();
   }
-  __device__ __forceinline__ int at() const { return j_; }
   __device__ __forceinline__ bool AtEnd() const { return j_ >= end_; }
   // The next `steps` are whole and in the cache: older than the kernels that are under way.
   __device__ __forceinline__ bool Cached(int steps) const {
     return j_ + steps * kStep <= min(end_, start_);
   }
 
-  // The next step's keys, or values, come to `to`; behind the end, nothing. Vector v of row r lies
-  // where v ^ r % 8 would, so that neither copies nor ldmatrix meet a bank twice.
+  // The next step's keys, or values, come to `to`, each vector to its PlaceInStage; behind the end,
+  // nothing.
   template <bool kValues>
   __device__ __forceinline__ void Copy(uint32_t to) const {
     if (j_ < end_) {
@@ -110,8 +108,8 @@ class StepCopier {
   }
 
   const Piece& p_;
-  int sequence_, start_ = 0, flight_, kv_head_;
-  int j_ = 0, end_ = 0, slot_, in_page_;
+  int sequence_, start_, flight_, kv_head_;
+  int j_, end_, slot_, in_page_;
   const std::byte* base_;
   int32_t unit_;
 };

@@ -143,8 +143,10 @@ TEST_F(CudaAttention, SplitRowsEqualEager) {
   }
 }
 
-// Chunks of 16 rows and more are attended in tiles, smaller ones row by row.
-TEST_F(CudaAttention, ChunkingChangesNoBitAmongTilesAndRoundingAmongRows) {
+// Chunks of 16 rows and more are attended in tiles, smaller ones row by row: on Hopper, whose names
+// begin with H, rows that see so few keys by clusters, elsewhere in shares that only keep rounding.
+TEST_F(CudaAttention, ChunkingChangesNoBitAmongTilesNorAmongRows) {
+  const bool clusters = backend_->name().find("NVIDIA H") != std::string::npos;
   for (int window : {0, 40}) {
     AttentionCase c({.window = window}, {700, 150});
     const auto RunWith = [&](int chunk) {
@@ -152,9 +154,14 @@ TEST_F(CudaAttention, ChunkingChangesNoBitAmongTilesAndRoundingAmongRows) {
       testing::ExpectEqualsEager(c, kTolerance, 13);
       return c.out();
     };
-    const auto tiles = RunWith(1000);
+    const auto tiles = RunWith(1000), rows = RunWith(1);
     for (int chunk : {64, 512}) EXPECT_EQ(RunWith(chunk), tiles) << window << " " << chunk;
-    for (int chunk : {1, 7, 15}) RunWith(chunk);
+    for (int chunk : {7, 15}) {
+      const auto out = RunWith(chunk);
+      if (clusters) {
+        EXPECT_EQ(out, rows) << window << " " << chunk;
+      }
+    }
   }
 }
 

@@ -329,6 +329,7 @@ LONGSPAN_AVX2 inline void MultiplyRows(const BlockTile& t, const Panel& panel, i
       for (int r = 0; r < R; ++r) {
         __m256 value = _mm256_cvtepi32_ps(dot[r][h]);
         constexpr int kBack = kSigned<Format> ? 0 : kLowered<Format> - Format::kOffset;
+        static_assert(kBack == 0 || kGroup == 32);  // x_sum is of 32
         if (kBack != 0) {
           value = _mm256_fmadd_ps(_mm256_broadcast_ss(x_sum + r * scales + x_group),
                                   _mm256_set1_ps(kBack), value);
