@@ -25,6 +25,13 @@ __device__ __forceinline__ void ArriveExpecting(uint32_t barrier, int bytes) {
                : "memory");
 #endif
 }
+// One arrival, of those that the barrier was made for, once all copies that this thread has begun
+// with cp.async are there.
+__device__ __forceinline__ void ArriveBehindCopies(uint32_t barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+#endif
+}
 __device__ __forceinline__ bool Passed(uint32_t barrier, int parity) {
   uint32_t passed = 1;
 #if __CUDA_ARCH__ >= 900

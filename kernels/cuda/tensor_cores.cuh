@@ -104,5 +104,7 @@ template <int kPending>
 __device__ __forceinline__ void Await() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending));
 }
+// Until all are.
+__device__ __forceinline__ void AwaitCopies() { asm volatile("cp.async.wait_all;"); }
 
 }  // namespace longspan::cuda

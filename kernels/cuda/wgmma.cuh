@@ -105,19 +105,22 @@ __device__ __forceinline__ void WaitProducts(float (&sum)[kCount]) {
 LONGSPAN_PRODUCT_SHARED(64, 32, "%32", "%33", "%34")
 LONGSPAN_PRODUCT_SHARED(128, 64, "%64", "%65", "%66")
 
-// sum[64, columns] += a[64, 16] · b[16, columns], b AcrossRows.
-#define LONGSPAN_PRODUCT_REGISTERS(columns, count, a0, a1, a2, a3, b_name)                      \
-  __device__ __forceinline__ void MultiplyRegisters(float(&sum)[count], const uint32_t(&a)[4],  \
-                                                    uint64_t b) {                               \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" #columns                                   \
-                 "k16.f32.bf16.bf16 {" LONGSPAN_NAMES_##count "}, {" a0 ", " a1 ", " a2 ", " a3 \
-                                                              "}, " b_name ", 1, 1, 1, 1;"      \
-                 : LONGSPAN_SUMS_##count(sum)                                                   \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                         \
+// The same with a in registers; b is AcrossRows, [16, columns], where kAcrossRows.
+#define LONGSPAN_PRODUCT_REGISTERS(columns, count, a0, a1, a2, a3, b_name, add_name, rows_name)    \
+  template <bool kAcrossRows>                                                                      \
+  __device__ __forceinline__ void MultiplyRegisters(float(&sum)[count], const uint32_t(&a)[4],     \
+                                                    uint64_t b, bool add) {                        \
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, " add_name                                        \
+                 ", 0; wgmma.mma_async.sync.aligned.m64n" #columns                                 \
+                 "k16.f32.bf16.bf16 {" LONGSPAN_NAMES_##count                                      \
+                 "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " b_name ", p, 1, 1, " rows_name "; }"      \
+                 : LONGSPAN_SUMS_##count(sum)                                                      \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)), \
+                   "n"(static_cast<int>(kAcrossRows)));                                            \
   }
-LONGSPAN_PRODUCT_REGISTERS(64, 32, "%32", "%33", "%34", "%35", "%36")
-LONGSPAN_PRODUCT_REGISTERS(128, 64, "%64", "%65", "%66", "%67", "%68")
-LONGSPAN_PRODUCT_REGISTERS(256, 128, "%128", "%129", "%130", "%131", "%132")
+LONGSPAN_PRODUCT_REGISTERS(64, 32, "%32", "%33", "%34", "%35", "%36", "%37", "%38")
+LONGSPAN_PRODUCT_REGISTERS(128, 64, "%64", "%65", "%66", "%67", "%68", "%69", "%70")
+LONGSPAN_PRODUCT_REGISTERS(256, 128, "%128", "%129", "%130", "%131", "%132", "%133", "%134")
 
 #undef LONGSPAN_SUMS_4
 #undef LONGSPAN_SUMS_16

@@ -239,15 +239,53 @@ TEST_F(CudaAttention, OfManyRowsABf16OutEqualsEager) {
   }
 }
 
+// Late keys weigh more than 2^16 times what the first ones do.
+TEST_F(CudaAttention, ScoresThatGrowEqualEager) {
+  constexpr float kGrowth = 1.0f / 200;
+  for (int dim : {64, 128, 256}) {
+    for (int window : {0, 300}) {
+      for (bool sinks : {false, true}) {
+        AttentionCase c(
+            {.dim = dim, .window = window, .sinks = sinks, .out = DType::kBF16, .growth = kGrowth},
+            {704, 160});
+        c.RunAll(*backend_, 352);
+        testing::ExpectEqualsEager(c, (1 + kGrowth * 704) * kHalfTolerance, 7);
+      }
+    }
+  }
+}
+
+TEST_F(CudaAttention, OfManyRowsPagesOfAnySizeEqualEager) {
+  for (int page_tokens : {1, 8, 24, 48, 256}) {
+    for (int window : {0, 37, 150}) {
+      for (int dim : {80, 128, 256}) {
+        SCOPED_TRACE(::testing::Message() << page_tokens << " " << window << " " << dim);
+        AttentionCase c(
+            {.dim = dim, .window = window, .page_tokens = page_tokens, .out = DType::kBF16},
+            {590, 41});
+        c.RunAll(*backend_, 100);
+        testing::ExpectEqualsEager(c, kHalfTolerance, 5);
+      }
+    }
+  }
+}
+
 TEST_F(CudaAttention, ChunkingChangesNoBitOfABf16OutInTiles) {
   for (int dim : {64, 128, 256}) {
-    for (int window : {0, 40}) {
-      AttentionCase c({.dim = dim, .window = window, .out = DType::kBF16}, {704, 160});
-      c.RunAll(*backend_, 1000);
-      const auto whole = c.out();
-      for (int chunk : {16, 32, 352}) {
-        c.RunAll(*backend_, chunk);
-        EXPECT_EQ(c.out(), whole) << dim << " " << window << " " << chunk;
+    for (int window : {0, 40, 300}) {
+      for (float growth : {0.0f, 0.005f, 0.2f}) {  // the last: by more than fp32 has room for
+        AttentionCase c({.dim = dim, .window = window, .out = DType::kBF16, .growth = growth},
+                        {704, 160});
+        c.RunAll(*backend_, 1000);
+        const auto whole = c.out();
+        for (const auto& sequence : whole) {
+          EXPECT_TRUE(std::all_of(sequence.begin(), sequence.end(),
+                                  [](float x) { return std::isfinite(x); }));
+        }
+        for (int chunk : {16, 32, 352}) {
+          c.RunAll(*backend_, chunk);
+          EXPECT_EQ(c.out(), whole) << dim << " " << window << " " << growth << " " << chunk;
+        }
       }
     }
   }

@@ -21,6 +21,7 @@ struct AttentionShape {
   DType dtype = DType::kBF16;
   int far_window = 8;
   DType out = DType::kF32;  // BF16: answers are read back as floats
+  float growth = 0;         // keys of position t are 1 + growth * t times as large
 };
 
 // Sequences of given lengths; all queries, keys and values are known, as if computed in one pass.
@@ -40,6 +41,9 @@ class AttentionCase {
       fill(q_[s], static_cast<size_t>(lengths_[s]) * shape.heads * shape.dim, 1.5f);
       fill(k_[s], static_cast<size_t>(lengths_[s]) * shape.kv_heads * shape.dim, 1.0f);
       fill(v_[s], static_cast<size_t>(lengths_[s]) * shape.kv_heads * shape.dim, 1.0f);
+      for (size_t i = 0; i < k_[s].size(); ++i) {
+        k_[s][i] *= 1 + shape.growth * static_cast<float>(i / (shape.kv_heads * shape.dim));
+      }
       for (auto* rows : {&k_[s], &v_[s]}) {  // as the cache has them
         const std::vector<uint8_t> bytes = Encode(shape.dtype, *rows);
         for (size_t i = 0; i < rows->size(); ++i) {
