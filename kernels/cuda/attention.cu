@@ -8,9 +8,10 @@
 // its own length alone, so that its result depends neither on its neighbours nor on the chunk it
 // arrived in; a block makes a split's partial result. A second kernel merges partial results in
 // order. Observed rows also leave their scores, from which another kernel makes records
-// (attention_spans.cu), beside the merge where there is one; an observed row that is attended in a
-// tile is attended once more for that.
+// (attention_spans.cu): in a graph on its side branch, else beside the merge where there is one. An
+// observed row that is attended in a tile is attended once more for that.
 #include <algorithm>
+#include <utility>
 
 #include "kernels/cuda/attention.cuh"
 #include "kernels/cuda/check_cuda.h"
@@ -152,7 +153,7 @@ __global__ void __launch_bounds__(kMergeThreads) Merge(const Piece p) {
   const int row_index = p.first_row + blockIdx.x, head = blockIdx.y;
   const int fours = (p.dim + 4 * gridDim.z - 1) / (4 * gridDim.z), sides = kMergeThreads / fours;
   const int side = threadIdx.x / fours, d = (blockIdx.z * fours + threadIdx.x % fours) * 4;
-  if (p.scores == nullptr) LetNextBegin();
+  if (p.scores == nullptr || p.aside) LetNextBegin();
   AwaitEarlier();
   LetNextBegin();  // ObserveSpans, which needs the partial results but not this
   if (p.out == nullptr) return;
@@ -243,7 +244,13 @@ class RowByRow {
     constexpr size_t kMost = BackendContext::kWorkspaceBytes / sizeof(float);
     CHECK_LE(of_row + others, kMost);
     most_ = static_cast<int>(std::min<size_t>(most_, (kMost - others) / of_row));
-    scores_ = static_cast<float*>(context.Workspace(sizeof(float) * (most_ * of_row + others)));
+    const size_t bytes = sizeof(float) * (most_ * of_row + others);
+    if (spans_.count > 0 && piece_.parts != Parts::kSplits && most_ == a.batch.rows) {
+      context.side.Prepare();
+      scores_ = static_cast<float*>(context.side.Take(bytes));
+    }
+    piece_.aside = scores_ != nullptr;
+    if (!piece_.aside) scores_ = static_cast<float*>(context.Workspace(bytes));
     piece_.partial = scores_ + most_ * scores_of_row;
     piece_.steps_before =
         reinterpret_cast<int*>(scores_ + most_ * of_row + others) - (kMostShareRows + 1);
@@ -278,6 +285,7 @@ class RowByRow {
     p.rows = rows;
     p.first_observed = FirstObserved(first_row);
     const int observed = FirstObserved(first_row + rows) - p.first_observed;
+    if (p.aside) CHECK(!std::exchange(used_, true)) << "a graph's rows are observed at once";
     if (observed > 0) p.scores = scores_;
     switch (p.parts) {
       case Parts::kWhole:
@@ -301,7 +309,8 @@ class RowByRow {
   const SpanRequest& spans_;
   Piece piece_;
   int most_;  // rows of a piece
-  float* scores_;
+  float* scores_ = nullptr;
+  bool used_ = false;
 };
 
 template <class T, int kPer>

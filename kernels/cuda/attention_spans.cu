@@ -155,7 +155,12 @@ __global__ void __launch_bounds__(kMostWarps* kWarp) Observe(const Piece p) {
 void ObserveSpans(BackendContext& context, const Piece& p, int observed) {
   const int64_t warps = (MostKeys(p) + kWarpKeys - 1) / kWarpKeys;
   const int threads = kWarp * static_cast<int>(std::min<int64_t>(warps, kMostWarps));
-  LaunchEarly(context, Observe, dim3(observed, p.heads), threads, p);
+  const dim3 grid(observed, p.heads);
+  if (p.aside) {
+    Observe<<<grid, threads, 0, context.side.Fork(context.stream)>>>(p);
+  } else {
+    LaunchEarly(context, Observe, grid, threads, p);
+  }
 }
 
 }  // namespace longspan::cuda

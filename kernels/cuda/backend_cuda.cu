@@ -223,7 +223,10 @@ class CudaBackend : public Backend {
     Check(cudaStreamBeginCapture(context_->stream, cudaStreamCaptureModeThreadLocal),
           "capturing a graph");
     if (!context_->fault.empty()) return;
+    context_->side.Open();
     issue();
+    context_->side.Close(context_->stream);
+    Check(context_->side.error(), "a graph's side branch");
     cudaGraph_t graph = nullptr;
     Check(cudaStreamEndCapture(context_->stream, &graph), "capturing a graph");
     if (context_->fault.empty()) {

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "kernels/check.h"
+#include "kernels/cuda/side_branch.h"
 #include "kernels/ops.h"
 
 namespace longspan::cuda {
@@ -34,6 +35,8 @@ struct BackendContext : longspan::BackendContext {
     return workspace;
   }
   void* workspace = nullptr;
+
+  SideBranch side;
 
   TilePlans* tile_plans = nullptr;  // owned; kernels/cuda/matmul.h
 
