@@ -437,6 +437,7 @@ void Engine::Impl::TellPrompt(Active& active) {
 
 void Engine::Impl::KeepProbes(Active& active, const SpanRow& row) {
   const std::vector<LayerSpec>& layers = model.spec().layers;
+  stager.AwaitRecords();
   active.probe_mass.assign(layers.size(), std::vector<float>(model.max_heads()));
   for (size_t l = 0; l < layers.size(); ++l) {
     const int heads = std::get<AttentionSpec>(layers[l].mixer).heads;
@@ -447,6 +448,7 @@ void Engine::Impl::KeepProbes(Active& active, const SpanRow& row) {
 
 // To be called before one of the observed sequences takes another token or its request ends.
 void Engine::Impl::AddSpans() {
+  stager.AwaitRecords();
   for (const auto& [active, sequence, row, sampled] : observations) {
     // The sequence already ends with the token that was drawn; the row is that of the one before.
     const auto tokens =

@@ -114,8 +114,9 @@ View Stager::RowRange(int begin, int count) {
 SpanRow Stager::Records(const StagedStep& staged, int index) {
   const size_t layer_stride = static_cast<size_t>(staged.step.spans.count) * model_.max_heads();
   if (!fetched_valid_) {
+    AwaitRecords();
     fetched_.resize(model_.spec().layers.size() * layer_stride);
-    backend_.CopyOut(fetched_.data(), records_.data(), fetched_.size() * sizeof(SpanRecord));
+    backend_.CopyOutLater(fetched_.data(), records_.data(), fetched_.size() * sizeof(SpanRecord));
     fetched_valid_ = true;
   }
   return {fetched_.data(), layer_stride, static_cast<size_t>(index)};

@@ -31,14 +31,18 @@ struct StagedStep {
 class Stager {
  public:
   Stager(Backend& backend, const Model& model, int max_sequences);
+  ~Stager() { AwaitRecords(); }  // which come to memory of its own
+  Stager(const Stager&) = delete;
+  Stager& operator=(const Stager&) = delete;
 
   // Valid until the next call.
   const StagedStep& Stage(const std::vector<StageItem>& items, KvCache& cache);
   // For Model::Logits: step rows [begin, begin + count).
   View RowRange(int begin, int count);
-  // Of observed row `index` of the last step; call after Forward. They last until a later step's
-  // are asked for.
+  // Of observed row `index` of the last step; call after Forward. They are there when
+  // AwaitRecords() returns, and last until a later step's are asked for.
   SpanRow Records(const StagedStep& staged, int index);
+  void AwaitRecords() { backend_.FinishCopyOut(); }
 
   static constexpr int kMaxProbes = 64;  // per sequence
 

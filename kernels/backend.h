@@ -160,6 +160,10 @@ class Backend {
   virtual void CopyIn(void* to, const void* from, size_t bytes) = 0;
   virtual void CopyOut(void* to, const void* from,
                        size_t bytes) = 0;  // device to host, complete on return
+  // As CopyOut(), but complete only when FinishCopyOut() or the next CopyOutLater() returns; `to`
+  // lives until then. What is issued meanwhile may change what lies at `from`.
+  virtual void CopyOutLater(void* to, const void* from, size_t bytes) { CopyOut(to, from, bytes); }
+  virtual void FinishCopyOut() {}
   virtual void CopyWithin(void* to, const void* from, size_t bytes) = 0;
 
   // Bytes of this backend's memory that a weight matrix takes in the form that its ops read; 0:

@@ -48,6 +48,14 @@ struct Stage {
   size_t used = 0;  // of this half
 };
 
+// A copy that is waited for later, by way of pinned memory.
+struct LaterCopy {
+  std::byte* memory = nullptr;  // kStageBytes
+  cudaEvent_t there = nullptr;
+  void* to = nullptr;
+  size_t bytes = 0;  // 0: none is under way
+};
+
 // Ops that were issued under one key. They are captured when they come for the second time: by then
 // all that kernels and libraries load or set up at their first use is there.
 struct Graph {
@@ -58,11 +66,12 @@ struct Graph {
 class CudaBackend : public Backend {
  public:
   CudaBackend(std::unique_ptr<cuda::BackendContext> context, Stage in, std::byte* out,
-              std::string name)
+              LaterCopy later, std::string name)
       : Backend(std::move(name), context.get(), CudaOps(), /*host_memory=*/false),
         context_(std::move(context)),
         in_(in),
-        out_(out) {}
+        out_(out),
+        later_(later) {}
   ~CudaBackend() override {
     Bind();
     cudaStreamSynchronize(context_->stream);
@@ -73,6 +82,8 @@ class CudaBackend : public Backend {
     cudaFree(context_->workspace);
     cudaFreeHost(in_.memory);
     cudaFreeHost(out_);
+    cudaFreeHost(later_.memory);
+    cudaEventDestroy(later_.there);
     for (cudaEvent_t event : in_.sent) cudaEventDestroy(event);
     cudaStreamDestroy(context_->stream);
   }
@@ -185,6 +196,26 @@ class CudaBackend : public Backend {
     if (timing()) CollectTimes();
   }
 
+  void CopyOutLater(void* to, const void* from, size_t bytes) override {
+    FinishCopyOut();
+    if (bytes > kStageBytes) return CopyOut(to, from, bytes);
+    if (!context_->fault.empty()) return;
+    Bind();
+    Check(cudaMemcpyAsync(later_.memory, from, bytes, cudaMemcpyDeviceToHost, context_->stream),
+          "copying out");
+    Check(cudaEventRecord(later_.there, context_->stream), "copying out");
+    later_.to = to;
+    later_.bytes = bytes;
+  }
+
+  void FinishCopyOut() override {
+    const size_t bytes = std::exchange(later_.bytes, 0);
+    if (bytes == 0) return;
+    Bind();
+    Check(cudaEventSynchronize(later_.there), "a kernel");
+    if (context_->fault.empty()) std::memcpy(later_.to, later_.memory, bytes);
+  }
+
   void CopyWithin(void* to, const void* from, size_t bytes) override {
     if (bytes == 0 || !context_->fault.empty()) return;
     Bind();
@@ -244,6 +275,7 @@ class CudaBackend : public Backend {
   std::unique_ptr<cuda::BackendContext> context_;
   Stage in_;
   std::byte* out_;
+  LaterCopy later_;
   std::unordered_map<uint64_t, Graph> graphs_;
   std::unique_ptr<cuda::OpTimer> timer_;  // of the first TimeOps(true) on
   std::vector<TimedCall> timed_calls_;    // not collected yet
@@ -317,11 +349,13 @@ std::unique_ptr<Backend> Backend::Cuda(const CudaOptions& options, std::string* 
   c.max_shared_bytes = static_cast<int>(properties.sharedMemPerBlockOptin);
   Stage in;
   std::byte* out = nullptr;
+  LaterCopy later;
   cuda::Ok(c, cudaStreamCreateWithFlags(&c.stream, cudaStreamNonBlocking), "creating a stream");
   cuda::Ok(c, cudaMallocHost(&in.memory, 2 * kStageBytes), "allocating pinned memory");
   cuda::Ok(c, cudaMallocHost(&out, kStageBytes), "allocating pinned memory");
-  for (cudaEvent_t& event : in.sent) {
-    cuda::Ok(c, cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "creating an event");
+  cuda::Ok(c, cudaMallocHost(&later.memory, kStageBytes), "allocating pinned memory");
+  for (cudaEvent_t* event : {&in.sent[0], &in.sent[1], &later.there}) {
+    cuda::Ok(c, cudaEventCreateWithFlags(event, cudaEventDisableTiming), "creating an event");
   }
   cuda::Ok(c, cudaMalloc(&c.workspace, cuda::BackendContext::kWorkspaceBytes),
            "allocating the workspace");
@@ -333,7 +367,7 @@ std::unique_ptr<Backend> Backend::Cuda(const CudaOptions& options, std::string* 
   std::ostringstream name;
   name << "cuda:" << device << " (" << properties.name << ", " << (properties.totalGlobalMem >> 20)
        << " MiB" << (c.deterministic ? ", deterministic)" : ")");
-  return std::make_unique<CudaBackend>(std::move(context), in, out, name.str());
+  return std::make_unique<CudaBackend>(std::move(context), in, out, later, name.str());
 }
 
 }  // namespace longspan

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "kernels/backend.h"
 
@@ -88,6 +89,23 @@ TEST_F(CudaTiming, EveryCallCountsHoweverManyThereAre) {
   EXPECT_GT(Timed(OpId::kSoftcap).nanoseconds, 0);
   EXPECT_EQ(backend_->Profile(OpId::kSoftcap).calls, before + kCalls);
   EXPECT_EQ(backend_->Fault(), "");
+}
+
+// Of what one copy passes through, and of more.
+TEST_F(CudaTiming, WhatIsCopiedOutLaterIsWhatLayThereBefore) {
+  for (const size_t bytes : {size_t{4}, size_t{1} << 20, size_t{20} << 20}) {
+    std::vector<std::byte> first(bytes, std::byte{1}), second(bytes, std::byte{2}), copy(bytes),
+        next(bytes);
+    backend_->CopyIn(memory_.data(), first.data(), bytes);
+    backend_->CopyOutLater(copy.data(), memory_.data(), bytes);
+    backend_->CopyIn(memory_.data(), second.data(), bytes);
+    backend_->CopyOutLater(next.data(), memory_.data(), bytes);
+    EXPECT_EQ(copy, first) << bytes;
+    backend_->FinishCopyOut();
+    backend_->FinishCopyOut();
+    EXPECT_EQ(next, second) << bytes;
+    EXPECT_EQ(copy, first) << bytes;
+  }
 }
 
 }  // namespace
