@@ -26,8 +26,6 @@ constexpr int kGroups = 2;      // that compute
 constexpr int kRows = kGroups * kGroupRows;
 constexpr int kGroupThreads = 128;
 constexpr int kThreads = (kGroups + 1) * kGroupThreads;
-// A thread's. With 40 for those who load, 232 for others: 615 TFLOP/s for 655, heads of 256, H100.
-constexpr int kRegisters = 224, kLoaderRegisters = 56;
 
 // The form for heads of up to kDim channels, sizes in bytes.
 template <int kDim>
@@ -46,6 +44,9 @@ struct Shape {
 };
 
 #if defined(LONGSPAN_HAS_WGMMA)
+
+// A thread's. With 40 for those who load, 232 for others: 615 TFLOP/s for 655, heads of 256, H100.
+constexpr int kRegisters = 224, kLoaderRegisters = 56;
 
 // What the warps of a block know alike.
 struct Block {
