@@ -240,8 +240,8 @@ constexpr int kMostShareRows = 1024;  // of a piece
 // Rows that see few keys: their results.
 bool AttendsInClusters(const BackendContext& context, const Problem& problem);
 void AttendClusters(BackendContext& context, const Piece& piece);
-// The records of `observed` rows. Launched after Merge, where there is one, it may run beside it, on
-// the side branch beside all that follows.
+// The records of `observed` rows. Launched after Merge, where there is one, it may run beside it,
+// on the side branch beside all that follows.
 void ObserveSpans(BackendContext& context, const Piece& piece, int observed);
 
 // Calls visitor(size) with the least of 64, 128 and 256 that holds a head, as a constant.
