@@ -180,10 +180,10 @@ __device__ __forceinline__ void LoadKeys(const Problem& p, const Block& b) {
           CopyAsync((to ^ i % 8 * 16) + i * 128, row + column, seen);
         };
         const int j = block * S::keys + first_row + run * kRun;
-        const auto* row = reinterpret_cast<const bf16*>(
+        const auto* begin = reinterpret_cast<const bf16*>(
             __shfl_sync(~0u, reinterpret_cast<uint64_t>(lane_run.at[values]), run));
         const int64_t stride = j < b.tile.start ? p.dim : values != 0 ? p.value_row : p.key_row;
-        if (row == nullptr) {
+        if (begin == nullptr) {
 #pragma unroll 1
           for (int i = 0; i < kRun; i += kAtOnce) {
             const int at = j + i + lane_row;
@@ -193,7 +193,10 @@ __device__ __forceinline__ void LoadKeys(const Problem& p, const Block& b) {
                           seen ? at : b.last_position, values != 0),
                  seen && inside);
           }
-        } else if (row += lane_row * stride; stride == kDim) {
+          continue;
+        }
+        const bf16* row = begin + lane_row * stride;
+        if (stride == kDim) {
 #pragma unroll
           for (int i = 0; i < kRun; i += kAtOnce) Copy(i, row + i * kDim, true);
         } else {
@@ -237,7 +240,7 @@ struct Rows {
   __device__ int Row(int i) const {
     return group * kGroupRows + thread / kWarp * 16 + lane / 4 + i * 8;
   }
-  __device__ uint32_t query() const { return b.memory + group * S::group_query; }
+  __device__ uint32_t shared_query() const { return b.memory + group * S::group_query; }
   __device__ void Release(int load) const {
     __syncwarp();
     if (lane == 0) Arrive(b.empty + load % S::slots * 8);
@@ -262,10 +265,7 @@ struct Rows {
   // memory again and again, and to there what registers do not hold.
   __device__ void LoadQueries() {
     const float scale = p.softcap > 0 ? p.scale : p.scale * kLog2E;
-    const auto Pair = [&](float low, float high) {
-      const __nv_bfloat162 pair = __floats2bfloat162_rn(low * scale, high * scale);
-      return *reinterpret_cast<const uint32_t*>(&pair);
-    };
+    const auto Pair = [&](float x, float y) { return PackBf16(x * scale, y * scale); };
     // Of the tile's row r.
     const auto Query = [&](int r) {
       const int q = b.tile.first + r;
@@ -275,12 +275,12 @@ struct Rows {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const bool is = Row(i) < b.tile.rows;
-      const float* from = Query(min(Row(i), b.tile.rows - 1));
+      const float* query = Query(min(Row(i), b.tile.rows - 1));
 #pragma unroll
       for (int n = 0; n < S::held / 8; ++n) {
         const int column = n * 8 + lane % 4 * 2;
         float2 x = {0, 0};
-        if (is && column < p.dim) x = *reinterpret_cast<const float2*>(from + column);
+        if (is && column < p.dim) x = *reinterpret_cast<const float2*>(query + column);
         held[n / 2][n % 2 * 2 + i] = Pair(x.x, x.y);
       }
     }
@@ -291,12 +291,12 @@ struct Rows {
         const int r = i / kVectors, column = i % kVectors * 8;
         float4 x = {0, 0, 0, 0}, y = x;
         if (group * kGroupRows + r < b.tile.rows && S::held + column < p.dim) {
-          const float* from = Query(group * kGroupRows + r) + S::held + column;
-          x = reinterpret_cast<const float4*>(from)[0];
-          y = reinterpret_cast<const float4*>(from)[1];
+          const float* query = Query(group * kGroupRows + r) + S::held + column;
+          x = reinterpret_cast<const float4*>(query)[0];
+          y = reinterpret_cast<const float4*>(query)[1];
         }
         asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(
-                         query() + SwizzledAt(kGroupRows, r, column)),
+                         shared_query() + SwizzledAt(kGroupRows, r, column)),
                      "r"(Pair(x.x, x.y)), "r"(Pair(x.z, x.w)), "r"(Pair(y.x, y.y)),
                      "r"(Pair(y.z, y.w))
                      : "memory");
@@ -308,7 +308,7 @@ struct Rows {
 
   // Begins score = queries · keys of the load.
   __device__ __forceinline__ void MultiplyKeys(int load, float (&score)[kScores]) const {
-    const uint64_t queries = AcrossColumns(query()),
+    const uint64_t queries = AcrossColumns(shared_query()),
                    keys = AcrossColumns(b.ring + load % S::slots * S::slot);
     FenceProducts();
 #pragma unroll
@@ -358,15 +358,15 @@ struct Rows {
     }
   }
 
-  // Scores kBegin to kEnd become weights; `total` is what these add up to, in two parts a row.
+  // Scores kBegin to kEnd become weights, which are added to `sums`, in two parts a row.
   template <int kBegin, int kEnd>
-  __device__ __forceinline__ void Weigh(float (&score)[kScores], float (&total)[2][2]) const {
+  __device__ __forceinline__ void Weigh(float (&score)[kScores], float (&sums)[2][2]) const {
 #pragma unroll
     for (int n = kBegin; n < kEnd; n += 2) {
       const int i = n / 2 % 2;
       score[n] = Power(score[n] - from[i]);
       score[n + 1] = Power(score[n + 1] - from[i]);
-      total[i][n / 4 % 2] += score[n] + score[n + 1];
+      sums[i][n / 4 % 2] += score[n] + score[n + 1];
     }
   }
 
@@ -395,8 +395,7 @@ struct Rows {
                                        uint32_t (&weight)[kScores / 8][4]) const {
 #pragma unroll
     for (int n = kBegin; n < kEnd; n += 2) {
-      const __nv_bfloat162 pair = __floats2bfloat162_rn(score[n], score[n + 1]);
-      weight[n / 8][n % 8 / 2] = *reinterpret_cast<const uint32_t*>(&pair);
+      weight[n / 8][n % 8 / 2] = PackBf16(score[n], score[n + 1]);
     }
   }
 

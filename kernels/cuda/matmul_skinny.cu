@@ -37,18 +37,14 @@ struct Fragment {
   uint32_t high[4], low[4];
 };
 
-__device__ __forceinline__ uint32_t Pack(float a, float b) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
 __device__ __forceinline__ Fragment Halves(const float4 (&v)[2]) {
   Fragment f;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const float a = i % 2 == 0 ? v[i / 2].x : v[i / 2].z, b = i % 2 == 0 ? v[i / 2].y : v[i / 2].w;
-    f.high[i] = Pack(a, b);
-    f.low[i] =
-        Pack(a - __uint_as_float(f.high[i] << 16), b - __uint_as_float(f.high[i] & 0xffff0000u));
+    f.high[i] = PackBf16(a, b);
+    f.low[i] = PackBf16(a - __uint_as_float(f.high[i] << 16),
+                        b - __uint_as_float(f.high[i] & 0xffff0000u));
   }
   return f;
 }

@@ -15,6 +15,12 @@ __device__ __forceinline__ uint32_t Shared(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// x and y, rounded, as a pair of bf16: x in the lower half.
+__device__ __forceinline__ uint32_t PackBf16(float x, float y) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
 // x and y as a pair of bf16 and the pair of what that leaves of them: 16 bits of each.
 __device__ __forceinline__ void SplitBf16(float x, float y, uint32_t* high, uint32_t* low) {
   const auto Pack = [](__nv_bfloat16 first, __nv_bfloat16 second) {
