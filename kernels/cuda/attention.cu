@@ -8,7 +8,7 @@
 // its own length alone, so that its result depends neither on its neighbours nor on the chunk it
 // arrived in; a block makes a split's partial result. A second kernel merges partial results in
 // order. Observed rows also leave their scores, from which another kernel makes records
-// (attention_spans.cu): in a graph on its side branch, else beside the merge where there is one. An
+// (attention_spans.cu): of a graph at its end, else beside the merge where there is one. An
 // observed row that is attended in a tile is attended once more for that.
 #include <algorithm>
 #include <utility>
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kMergeThreads) Merge(const Piece p) {
   const int row_index = p.first_row + blockIdx.x, head = blockIdx.y;
   const int fours = (p.dim + 4 * gridDim.z - 1) / (4 * gridDim.z), sides = kMergeThreads / fours;
   const int side = threadIdx.x / fours, d = (blockIdx.z * fours + threadIdx.x % fours) * 4;
-  if (p.scores == nullptr || p.aside) LetNextBegin();
+  if (p.scores == nullptr || p.late) LetNextBegin();
   AwaitEarlier();
   LetNextBegin();  // ObserveSpans, which needs the partial results but not this
   if (p.out == nullptr) return;
@@ -246,11 +246,10 @@ class RowByRow {
     most_ = static_cast<int>(std::min<size_t>(most_, (kMost - others) / of_row));
     const size_t bytes = sizeof(float) * (most_ * of_row + others);
     if (spans_.count > 0 && piece_.parts != Parts::kSplits && most_ == a.batch.rows) {
-      context.side.Prepare();
-      scores_ = static_cast<float*>(context.side.Take(bytes));
+      scores_ = static_cast<float*>(TakeLate(context, bytes));
     }
-    piece_.aside = scores_ != nullptr;
-    if (!piece_.aside) scores_ = static_cast<float*>(context.Workspace(bytes));
+    piece_.late = scores_ != nullptr;
+    if (!piece_.late) scores_ = static_cast<float*>(context.Workspace(bytes));
     piece_.partial = scores_ + most_ * scores_of_row;
     piece_.steps_before =
         reinterpret_cast<int*>(scores_ + most_ * of_row + others) - (kMostShareRows + 1);
@@ -285,7 +284,7 @@ class RowByRow {
     p.rows = rows;
     p.first_observed = FirstObserved(first_row);
     const int observed = FirstObserved(first_row + rows) - p.first_observed;
-    if (p.aside) CHECK(!std::exchange(used_, true)) << "a graph's rows are observed at once";
+    if (p.late) CHECK(!std::exchange(used_, true)) << "a graph's rows are observed at once";
     if (observed > 0) p.scores = scores_;
     switch (p.parts) {
       case Parts::kWhole:

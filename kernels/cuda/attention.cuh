@@ -81,13 +81,13 @@ struct Piece : Problem {
   // Of all these rows where any is observed, else nullptr: [rows of the launch, heads,
   // score_stride], from the first key seen on.
   float* scores;
-  int64_t score_stride;  // at least the keys that a row sees
+  int64_t score_stride;  // a multiple of 4, at least the keys that a row sees
   int first_observed;    // the first of SpanRequest::rows among them
   // Of kShares: how many at most, and the steps of the rows before each, [rows + 1], which
   // AttendShares writes.
   int most_shares;
   int* steps_before;
-  bool aside;  // the records are made on the graph's side branch
+  bool late;  // the records are made at the graph's end: see TakeLate
 };
 
 // Of a partial result, in whole vectors of four.
@@ -240,9 +240,12 @@ constexpr int kMostShareRows = 1024;  // of a piece
 // Rows that see few keys: their results.
 bool AttendsInClusters(const BackendContext& context, const Problem& problem);
 void AttendClusters(BackendContext& context, const Piece& piece);
-// The records of `observed` rows. Launched after Merge, where there is one, it may run beside it,
-// on the side branch beside all that follows.
+// The records of `observed` rows, late or now: after Merge, where there is one, beside which it may
+// run.
 void ObserveSpans(BackendContext& context, const Piece& piece, int observed);
+// Memory that is a piece's until the graph ends that is being captured, so that its records are
+// made late. nullptr: none is being captured, or there is no more memory.
+void* TakeLate(BackendContext& context, size_t bytes);
 
 // Calls visitor(size) with the least of 64, 128 and 256 that holds a head, as a constant.
 template <class Visitor>

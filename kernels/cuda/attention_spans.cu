@@ -1,6 +1,12 @@
 // What observed rows attend to, from the scores that attending them left behind: keys are not
 // read again. Bytes: 4 per head and visible key.
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+
 #include "kernels/cuda/attention.cuh"
+#include "kernels/cuda/late_spans.h"
 #include "kernels/cuda/launch.cuh"
 
 namespace longspan::cuda {
@@ -41,12 +47,26 @@ __device__ __forceinline__ int Bucket(int distance) {
   return min(32 - __clz(distance), kDistanceBuckets - 1);
 }
 
-// grid: observed rows, heads. It may run beside Merge: it begins when partial results are there and
-// ends when all is. Warps take kWarpKeys distances at a time, in turn: beyond the first kWarp each
-// kWarp of these lie in one bucket, and a warp's come in ascending order.
-__global__ void __launch_bounds__(kMostWarps* kWarp) Observe(const Piece p) {
+// Rows that are observed at once: of one piece, or of the pieces of a graph.
+template <int kMost>
+struct Pieces {
+  Piece at[kMost];
+  int observed[kMost];  // rows
+};
+
+// grid: observed rows, heads, pieces. It may run beside Merge: it begins when partial results are
+// there and ends when all is. Warps take kWarpKeys distances at a time, in turn: beyond the first
+// kWarp each kWarp of these lie in one bucket, and a warp's come in ascending order.
+template <int kMost>
+__global__ void __launch_bounds__(kMostWarps* kWarp)
+    Observe(const __grid_constant__ Pieces<kMost> pieces) {
   LetNextBegin();
-  const bool beside_merge = p.parts != Parts::kWhole;
+  const Piece& p = pieces.at[blockIdx.z];
+  if (static_cast<int>(blockIdx.x) >= pieces.observed[blockIdx.z] ||
+      static_cast<int>(blockIdx.y) >= p.heads) {
+    return;
+  }
+  const bool beside_merge = !p.late && p.parts != Parts::kWhole;
   if (!beside_merge) AwaitEarlier();
   const SpanRequest& request = p.spans;
   const int observed = p.first_observed + blockIdx.x, head = blockIdx.y;
@@ -150,17 +170,83 @@ __global__ void __launch_bounds__(kMostWarps* kWarp) Observe(const Piece p) {
   if (beside_merge) AwaitEarlier();
 }
 
+// As many blocks as rows, heads and pieces at most have, of so many warps that all are under way
+// at once, or of few: what a warp does besides its keys is worth a hundred of them.
+template <int kMost>
+void Launch(BackendContext& context, const Pieces<kMost>& pieces, int count) {
+  constexpr int kFewWarps = 4, kWarpsAtOnce = 32;  // of a block; of a multiprocessor
+  int rows = 0, heads = 0;
+  int64_t keys = 0;
+  for (int i = 0; i < count; ++i) {
+    rows = std::max(rows, pieces.observed[i]);
+    heads = std::max(heads, pieces.at[i].heads);
+    keys = std::max(keys, MostKeys(pieces.at[i]));
+  }
+  const int64_t blocks = int64_t{rows} * heads * count;
+  const auto at_once =
+      std::clamp<int64_t>(kWarpsAtOnce * context.sm_count / blocks, kFewWarps, kMostWarps);
+  const int64_t warps = std::min((keys + kWarpKeys - 1) / kWarpKeys, at_once);
+  LaunchEarly(context, Observe<kMost>, dim3(rows, heads, count), static_cast<int>(warps) * kWarp,
+              pieces);
+}
+
 }  // namespace
 
-void ObserveSpans(BackendContext& context, const Piece& p, int observed) {
-  const int64_t warps = (MostKeys(p) + kWarpKeys - 1) / kWarpKeys;
-  const int threads = kWarp * static_cast<int>(std::min<int64_t>(warps, kMostWarps));
-  const dim3 grid(observed, p.heads);
-  if (p.aside) {
-    Observe<<<grid, threads, 0, context.side.Fork(context.stream)>>>(p);
-  } else {
-    LaunchEarly(context, Observe, grid, threads, p);
+struct LateSpans {
+  static constexpr size_t kBytes = size_t{256} << 20;  // from the first rows on that are observed
+  static constexpr int kPieces = 64;                   // of a kernel
+
+  std::byte* memory = nullptr;
+  size_t used = 0;
+  bool tried = false, capturing = false;  // tried: to get memory
+  Pieces<kPieces> pieces;
+  int count = 0;
+};
+static_assert(sizeof(Pieces<LateSpans::kPieces>) <= 32764, "a kernel takes no more");
+
+LateSpans* MakeLateSpans() { return new LateSpans; }
+void FreeLateSpans(LateSpans* spans) {
+  cudaFree(spans->memory);
+  delete spans;
+}
+
+void BeginLateSpans(BackendContext& context) {
+  LateSpans& late = *context.late_spans;
+  late.capturing = true;
+  late.used = 0;
+}
+void EndLateSpans(BackendContext& context) {
+  LateSpans& late = *context.late_spans;
+  if (late.count > 0) Launch(context, late.pieces, late.count);
+  late.count = 0;
+  late.capturing = false;
+}
+
+void* TakeLate(BackendContext& context, size_t bytes) {
+  LateSpans& late = *context.late_spans;
+  if (!late.capturing) {
+    if (!std::exchange(late.tried, true) &&
+        cudaMalloc(&late.memory, LateSpans::kBytes) != cudaSuccess) {
+      cudaGetLastError();  // out of memory is an answer, not a fault
+      late.memory = nullptr;
+    }
+    return nullptr;
   }
+  bytes = (bytes + 255) / 256 * 256;
+  if (late.memory == nullptr || bytes > LateSpans::kBytes - late.used) return nullptr;
+  late.used += bytes;
+  return late.memory + (late.used - bytes);
+}
+
+void ObserveSpans(BackendContext& context, const Piece& p, int observed) {
+  if (!p.late) return Launch<1>(context, {{p}, {observed}}, 1);
+  LateSpans& late = *context.late_spans;
+  if (late.count == LateSpans::kPieces) {
+    Launch(context, late.pieces, late.count);
+    late.count = 0;
+  }
+  late.pieces.at[late.count] = p;
+  late.pieces.observed[late.count++] = observed;
 }
 
 }  // namespace longspan::cuda

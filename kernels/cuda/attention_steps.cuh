@@ -182,13 +182,21 @@ struct WarpAttention {
       for (float& s : score) s = Cap(s, p.softcap);
     }
     float most = -INFINITY;
+    if (kObserve && head < item.heads) {
+      float* to = Scores(p, item.row, item.first_head + head) - item.first;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int at = j + Key(2 * half);
+        if (at + 1 < item.end) {
+          *reinterpret_cast<float2*>(to + at) = {score[2 * half], score[2 * half + 1]};
+        } else if (at < item.end) {
+          to[at] = score[2 * half];
+        }
+      }
+    }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int at = j + Key(i);
-      if (kObserve && at < item.end && head < item.heads) {
-        Scores(p, item.row, item.first_head + head)[at - item.first] = score[i];
-      }
-      if (at >= item.end) score[i] = -INFINITY;
+      if (j + Key(i) >= item.end) score[i] = -INFINITY;
       most = fmaxf(most, score[i]);
     }
     most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));

@@ -12,6 +12,7 @@
 #include "kernels/cuda/blocks.cuh"
 #include "kernels/cuda/check_cuda.h"
 #include "kernels/cuda/context.h"
+#include "kernels/cuda/late_spans.h"
 #include "kernels/cuda/matmul.h"
 #include "kernels/cuda/op_timer.h"
 #include "kernels/cuda/ops_cuda.h"
@@ -71,13 +72,16 @@ class CudaBackend : public Backend {
         context_(std::move(context)),
         in_(in),
         out_(out),
-        later_(later) {}
+        later_(later) {
+    context_->late_spans = cuda::MakeLateSpans();
+  }
   ~CudaBackend() override {
     Bind();
     cudaStreamSynchronize(context_->stream);
     timer_.reset();
     ForgetGraphs();
     cuda::FreeTilePlans(context_->tile_plans);
+    cuda::FreeLateSpans(context_->late_spans);
     cublasLtDestroy(context_->cublas);
     cudaFree(context_->workspace);
     cudaFreeHost(in_.memory);
@@ -254,10 +258,9 @@ class CudaBackend : public Backend {
     Check(cudaStreamBeginCapture(context_->stream, cudaStreamCaptureModeThreadLocal),
           "capturing a graph");
     if (!context_->fault.empty()) return;
-    context_->side.Open();
+    cuda::BeginLateSpans(*context_);
     issue();
-    context_->side.Close(context_->stream);
-    Check(context_->side.error(), "a graph's side branch");
+    cuda::EndLateSpans(*context_);
     cudaGraph_t graph = nullptr;
     Check(cudaStreamEndCapture(context_->stream, &graph), "capturing a graph");
     if (context_->fault.empty()) {

@@ -7,12 +7,12 @@
 #include <string>
 
 #include "kernels/check.h"
-#include "kernels/cuda/side_branch.h"
 #include "kernels/ops.h"
 
 namespace longspan::cuda {
 
 struct TilePlans;
+struct LateSpans;
 
 struct BackendContext : longspan::BackendContext {
   cudaStream_t stream = nullptr;  // every op's kernels, in call order
@@ -36,9 +36,8 @@ struct BackendContext : longspan::BackendContext {
   }
   void* workspace = nullptr;
 
-  SideBranch side;
-
   TilePlans* tile_plans = nullptr;  // owned; kernels/cuda/matmul.h
+  LateSpans* late_spans = nullptr;  // owned; kernels/cuda/late_spans.h
 
   // Ops are issued for their costs alone: the graph that is launched next holds their kernels.
   bool replaying = false;

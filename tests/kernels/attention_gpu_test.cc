@@ -332,6 +332,20 @@ TEST_F(CudaAttention, SpansEqualEager) {
   testing::ExpectSpansEqualEager(c, {{1000, 1100}}, kSpanTolerance, 191);
 }
 
+TEST_F(CudaAttention, SpansOfAGraphsLayersEqualEager) {
+  const std::vector<ProbeRange> probes = {{3, 9}, {20, 21}};
+  for (int window : {0, 24}) {
+    for (int layers : {3, 130}) {  // the latter: more than one kernel makes records of
+      AttentionCase c({.heads = 4, .kv_heads = 2, .window = window, .sinks = true},
+                      {layers > 3 ? 30 : 300, 21});
+      c.graph_layers = layers;
+      c.RunAll(*backend_, 1, /*observe=*/true, probes);
+      testing::ExpectEqualsEager(c, kTolerance, 3);
+      testing::ExpectSpansEqualEager(c, probes, kSpanTolerance, 3);
+    }
+  }
+}
+
 TEST_F(CudaAttention, SpansOfLongRowsEqualEager) {
   const std::vector<ProbeRange> probes = {{2000, 2100}};
   for (const int window : {0, 1024}) {

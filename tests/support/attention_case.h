@@ -1,6 +1,8 @@
 #pragma once
 // A random attention problem with its cache, and a plain double-precision answer to it: every score
 // is kept, softmax is taken over the whole row.
+#include <gtest/gtest.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -116,7 +118,8 @@ class AttentionCase {
     out.resize(q.size());
     std::vector<uint16_t> out_half(q.size());
     std::vector<uint8_t> k = Encode(shape_.dtype, kf), v = Encode(shape_.dtype, vf);
-    std::vector<SpanRecord> records(static_cast<size_t>(n) * shape_.heads);
+    const size_t layer_records = static_cast<size_t>(n) * shape_.heads;
+    std::vector<SpanRecord> records(std::max(1, graph_layers) * layer_records);
 
     // On a device everything travels there for the step, and what the ops wrote comes back.
     std::vector<Buffer> buffers;
@@ -163,15 +166,31 @@ class AttentionCase {
     const auto store = [&] {
       backend.Run(backend.ops().StoreKv, {a.key, a.value, cache_, a.batch, shape_.window});
     };
-    if (stores_first) store();
-    backend.Run(backend.ops().Attention, a);
-    if (!stores_first) store();
+    const auto run = [&] {
+      if (stores_first) store();
+      for (int layer = 0; layer < std::max(1, graph_layers); ++layer) {
+        if (observe) a.spans.records = records_there + layer * layer_records;
+        backend.Run(backend.ops().Attention, a);
+      }
+      if (!stores_first) store();
+    };
+    if (graph_layers == 0) {
+      run();
+    } else {
+      static uint64_t key = 0;
+      ++key;
+      for (int i = 0; i < 3; ++i) backend.Repeat(key, run);  // at once, captured, replayed
+    }
     if (!backend.host_memory()) {
       void* home = narrow ? static_cast<void*>(out_half.data()) : out.data();
       backend.CopyOut(home, out_there, a.out.bytes());
       backend.CopyOut(records.data(), records_there, records.size() * sizeof(SpanRecord));
       backend.CopyOut(arena_.data(), cache_.arena, arena_.size());
       cache_.arena = arena_.data();
+    }
+    for (size_t i = layer_records; observe && i < records.size(); ++i) {
+      const SpanRecord &record = records[i], &first = records[i % layer_records];
+      EXPECT_EQ(std::memcmp(&record, &first, sizeof(SpanRecord)), 0) << i;
     }
     if (narrow) std::transform(out_half.begin(), out_half.end(), out.begin(), FromBf16);
     for (size_t m = 0; m < members.size(); ++m) {
@@ -236,6 +255,8 @@ class AttentionCase {
   }
 
   bool stores_first = false;  // before attention, as steps of one row a sequence may
+  // If not 0, a step is of so many layers that are all the same, and repeated; its counts are 1.
+  int graph_layers = 0;
 
   float Scale() const { return 1.0f / std::sqrt(static_cast<float>(shape_.dim)); }
   const AttentionShape& shape() const { return shape_; }
