@@ -1,5 +1,7 @@
-// Speed of Attention alone, on the shapes that the GPU backend is held to: an op's time on the
-// device, clocks warmed, caches flushed before each repetition.
+// Speed of Attention on the shapes that the GPU backend is held to, clocks warmed. An op's time is
+// the device's, between two events, the L2 cache flushed before. Of ops that decode it is also
+// taken as layers have it: many ops in a row, whose keys and values take turns until what the cache
+// holds of the first ones is gone.
 //
 // Usage: attention_bench [--device cpu|cuda:N] [--json] [--repeats N] [--only SUBSTRING]
 //                        [--shrink N]      contexts N times shorter, for a CPU
@@ -45,7 +47,9 @@ constexpr Case kCases[] = {
 };
 constexpr int kPageTokens = 16;
 constexpr double kWarmSeconds = 0.5;
-constexpr size_t kFlushBytes = size_t{256} << 20;  // written: more than any L2 holds
+constexpr size_t kFlushBytes = size_t{256} << 20;  // written, or read: more than any L2 holds
+constexpr int kOpsInARow = 16;                     // at least
+constexpr double kRowSeconds = 0.02;               // of a repetition, at least
 constexpr size_t kPatternBytes = size_t{8} << 20;
 
 struct Flags {
@@ -66,10 +70,13 @@ Buffer Take(Backend& backend, size_t bytes) {
 // Numbers from -1 to 1, the same ones over and over.
 template <class T>
 Buffer Random(Backend& backend, int64_t count, T (*convert)(float)) {
-  std::mt19937 random(1);
-  std::uniform_real_distribution<float> uniform(-1, 1);
-  std::vector<T> pattern(kPatternBytes / sizeof(T));
-  for (T& x : pattern) x = convert(uniform(random));
+  static const std::vector<T> pattern = [convert] {
+    std::mt19937 random(1);
+    std::uniform_real_distribution<float> uniform(-1, 1);
+    std::vector<T> numbers(kPatternBytes / sizeof(T));
+    for (T& x : numbers) x = convert(uniform(random));
+    return numbers;
+  }();
   Buffer buffer = Take(backend, count * sizeof(T));
   for (size_t at = 0; at < buffer.bytes(); at += kPatternBytes) {
     backend.CopyIn(buffer.data() + at, pattern.data(),
@@ -167,50 +174,97 @@ class Problem {
 
 struct Figure {
   Work work;
-  std::vector<double> seconds;  // of each repetition
+  std::vector<double> alone, in_a_row;  // seconds of an op in each repetition; in_a_row: or none
 };
 
-Figure Measure(Backend& backend, const Case& c, Buffer& flush, int repeats) {
-  Problem problem(backend, c);
-  Figure figure;
-  const auto begin = std::chrono::steady_clock::now();
-  do {
-    figure.work = problem.Run();
-    problem.Wait();
-  } while (std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count() <
-           kWarmSeconds);
+using Clock = std::chrono::steady_clock;
+double SecondsSince(Clock::time_point begin) {
+  return std::chrono::duration<double>(Clock::now() - begin).count();
+}
+
+std::vector<double> MeasureAlone(Backend& backend, Problem& problem, Buffer& flush, int repeats) {
+  backend.TimeOps(true);
   const OpTotals& totals = backend.Profile(OpId::kAttention);
+  std::vector<double> seconds;
   for (int i = 0; i < repeats; ++i) {
     backend.CopyWithin(flush.data(), flush.data() + kFlushBytes, kFlushBytes);
     const int64_t before = totals.nanoseconds;
     problem.Run();
     problem.Wait();
-    figure.seconds.push_back(1e-9 * static_cast<double>(totals.nanoseconds - before));
+    seconds.push_back(1e-9 * static_cast<double>(totals.nanoseconds - before));
   }
+  backend.TimeOps(false);
+  return seconds;
+}
+
+std::vector<double> MeasureInARow(Backend& backend, std::vector<Problem>& problems, int repeats) {
+  static uint64_t key = 0;
+  ++key;
+  const int ops = std::max<int>(kOpsInARow, problems.size());
+  const auto Row = [&] {
+    backend.Repeat(key, [&] {
+      for (int i = 0; i < ops; ++i) problems[i % problems.size()].Run();
+    });
+  };
+  // Of many rows, behind each other: what the host needs to begin and to wait does not show.
+  const auto Time = [&](int rows) {
+    const auto begin = Clock::now();
+    for (int i = 0; i < rows; ++i) Row();
+    problems[0].Wait();
+    return SecondsSince(begin);
+  };
+  Time(2);  // now it is captured
+  const int rows = static_cast<int>(std::ceil(kRowSeconds / Time(1)));
+  std::vector<double> seconds;
+  for (int i = 0; i < repeats; ++i) seconds.push_back(Time(rows) / rows / ops);
+  return seconds;
+}
+
+Figure Measure(Backend& backend, const Case& c, Buffer& flush, int repeats) {
+  std::vector<Problem> problems;
+  problems.emplace_back(backend, c);
+  Figure figure;
+  const auto begin = Clock::now();
+  do {
+    figure.work = problems[0].Run();
+    problems[0].Wait();
+  } while (SecondsSince(begin) < kWarmSeconds);
+  figure.alone = MeasureAlone(backend, problems[0], flush, repeats);
+  if (c.rows > 1) return figure;
+  while (problems.size() < 2 || problems.size() * figure.work.bytes < kFlushBytes) {
+    problems.emplace_back(backend, c);
+  }
+  figure.in_a_row = MeasureInARow(backend, problems, repeats);
   return figure;
 }
 
-void Print(const char* name, const Figure& figure, const Roofline& roof) {
-  std::vector<double> seconds = figure.seconds;
+void Print(const char* name, const char* how, const Work& work, std::vector<double> seconds,
+           const Roofline& roof) {
+  if (seconds.empty()) return;
   std::sort(seconds.begin(), seconds.end());
   const double median = seconds[seconds.size() / 2];
-  const double read = static_cast<double>(figure.work.bytes) / median;
-  const double rate = static_cast<double>(figure.work.flops) / median;
-  std::printf("%-42s %10.1f us (%.1f to %.1f)  %7.1f GB/s %3.0f%%  %8.2f TFLOP/s %3.0f%%\n", name,
-              1e6 * median, 1e6 * seconds.front(), 1e6 * seconds.back(), 1e-9 * read,
+  const double read = static_cast<double>(work.bytes) / median;
+  const double rate = static_cast<double>(work.flops) / median;
+  std::printf("%-42s %-8s %10.1f us (%.1f to %.1f)  %7.1f GB/s %3.0f%%  %8.2f TFLOP/s %3.0f%%\n",
+              name, how, 1e6 * median, 1e6 * seconds.front(), 1e6 * seconds.back(), 1e-9 * read,
               100 * read / roof.bytes_per_second, 1e-12 * rate,
               100 * rate / roof.operations_per_second);
   std::fflush(stdout);
 }
 
 void PrintJson(const char* name, const Figure& figure, bool first) {
-  std::printf("%s\n  {\"name\": \"%s\", \"bytes\": %lld, \"flops\": %lld, \"seconds\": [",
-              first ? "" : ",", name, static_cast<long long>(figure.work.bytes),
-              static_cast<long long>(figure.work.flops));
-  for (size_t i = 0; i < figure.seconds.size(); ++i) {
-    std::printf("%s%.9f", i > 0 ? ", " : "", figure.seconds[i]);
-  }
-  std::printf("]}");
+  std::printf("%s\n  {\"name\": \"%s\", \"bytes\": %lld, \"flops\": %lld", first ? "" : ",", name,
+              static_cast<long long>(figure.work.bytes), static_cast<long long>(figure.work.flops));
+  const auto List = [](const char* field, const std::vector<double>& seconds) {
+    std::printf(", \"%s\": [", field);
+    for (size_t i = 0; i < seconds.size(); ++i) {
+      std::printf("%s%.9f", i > 0 ? ", " : "", seconds[i]);
+    }
+    std::printf("]");
+  };
+  List("alone", figure.alone);
+  List("in_a_row", figure.in_a_row);
+  std::printf("}");
 }
 
 bool Parse(int argc, char** argv, Flags* flags) {
@@ -267,7 +321,6 @@ int Main(int argc, char** argv) {
                 1e-12 * roof.operations_per_second);
   }
   Buffer flush = Take(*backend, 2 * kFlushBytes);
-  backend->TimeOps(true);
   bool first = true;
   for (Case c : kCases) {
     if (std::string(c.name).find(flags.only) == std::string::npos) continue;
@@ -279,7 +332,8 @@ int Main(int argc, char** argv) {
     if (flags.json) {
       PrintJson(c.name, figure, std::exchange(first, false));
     } else {
-      Print(c.name, figure, roof);
+      Print(c.name, "alone", figure.work, figure.alone, roof);
+      Print(c.name, "in a row", figure.work, figure.in_a_row, roof);
     }
   }
   if (flags.json) std::printf("\n]}\n");
