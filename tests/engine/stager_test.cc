@@ -50,6 +50,7 @@ class Steps {
     backend_->CopyOut(given.logits.data(), logits.data, logits.bytes());
     for (size_t i = 0; i < count; ++i) {
       const SpanRow row = stager_.Records(staged, staged.observed[i]);
+      stager_.AwaitRecords();
       for (size_t l = 0; l < model_.spec().layers.size(); ++l) {
         const int heads = std::get<AttentionSpec>(model_.spec().layers[l].mixer).heads;
         const SpanRecord* records = row.Layer(static_cast<int>(l), heads);
