@@ -118,8 +118,9 @@ class AttentionCase {
     out.resize(q.size());
     std::vector<uint16_t> out_half(q.size());
     std::vector<uint8_t> k = Encode(shape_.dtype, kf), v = Encode(shape_.dtype, vf);
+    const int layers = std::max(1, graph_layers);
     const size_t layer_records = static_cast<size_t>(n) * shape_.heads;
-    std::vector<SpanRecord> records(std::max(1, graph_layers) * layer_records);
+    std::vector<SpanRecord> records(layers * layer_records);
 
     // On a device everything travels there for the step, and what the ops wrote comes back.
     std::vector<Buffer> buffers;
@@ -168,7 +169,7 @@ class AttentionCase {
     };
     const auto run = [&] {
       if (stores_first) store();
-      for (int layer = 0; layer < std::max(1, graph_layers); ++layer) {
+      for (int layer = 0; layer < layers; ++layer) {
         if (observe) a.spans.records = records_there + layer * layer_records;
         backend.Run(backend.ops().Attention, a);
       }
